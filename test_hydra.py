@@ -1,0 +1,661 @@
+"""Tests: invariants, upstream's own outputs, and the real commands at very small size.
+
+    pytest                                   HYDRA_REFERENCE=FOLDER adds the comparisons with upstream
+"""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+import data
+import hydra
+import train
+
+REFERENCE = Path(os.environ.get("HYDRA_REFERENCE", "")).resolve()
+needs_reference = pytest.mark.skipif(not os.environ.get("HYDRA_REFERENCE"), reason="HYDRA_REFERENCE is not set: no reference data")
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------
+# a world small enough for tests: untrained backbones, forty-eight pictures
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with clip/, llm/ and the toy world's files, all tiny."""
+    folder = tmp_path_factory.mktemp("tests") / "world"
+    data.write_world(folder, train=96, test=8)
+    tokenizer = data.train_tokenizer(folder / "llm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, rms_norm_eps=1e-6, pad_token_id=0,
+    )).save_pretrained(folder / "llm")  # fmt: skip
+    CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=48, patch_size=8,
+    )).save_pretrained(folder / "clip")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def tokenizer(world):
+    return hydra.load_mobilellama(world / "llm")[1]
+
+
+def make_model(world, rank=0, stage=2, method="hydra", nonzero=True):
+    """HydraVLM of the tiny backbones; with a rank, adapters whose B is not zero."""
+    torch.manual_seed(1)
+    llm, _ = hydra.load_mobilellama(world / "llm")
+    clip = hydra.load_clip(world / "clip")
+    model = hydra.HydraVLM(clip, hydra.build_projector("ldpnet", 24, 32), llm)
+    if rank:
+        hydra.inject_adapters(llm, rank, scale=2.0, dropout=0.0)
+        for adapter in hydra.adapters(model).values():
+            torch.nn.init.normal_(adapter.lora_B, std=0.1 * nonzero)
+    hydra.freeze(model, stage, method)
+    return model
+
+
+def make_samples(world, tokenizer, count=6):
+    """Training samples, of which every third is text alone."""
+    records = data.read_records(world / "instruct.json", world / "images")[:count]
+    records = copy.deepcopy(records)
+    for record in records[::3]:
+        del record["image"]
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>\n", "")
+    return data.ConversationDataset(records, world / "images", tokenizer, "v1", 48, 9, 256)
+
+
+def make_adapter(rank=4, **options):
+    torch.manual_seed(0)
+    adapter = hydra.HybridLoRALinear(torch.nn.Linear(24, 40, bias=False), rank, 0, **options).eval()
+    torch.nn.init.normal_(adapter.lora_B)
+    return adapter, torch.randn(5, 7, 24)
+
+
+# ---------------------------------------------------------------------------------------------
+# upstream's own outputs
+
+
+@needs_reference
+@pytest.mark.parametrize("kind", ["ldpnet", "ldpnetv2"])
+def test_projector_matches_upstream(kind):
+    golden = np.load(REFERENCE / "golden" / f"{kind}.npz")
+    projector = hydra.build_projector(kind, 48, 64)
+    state = {key.removeprefix("state/"): torch.from_numpy(golden[key]) for key in golden if key.startswith("state/")}
+    projector.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        output = projector(torch.from_numpy(golden["input"]))
+    assert torch.allclose(output, torch.from_numpy(golden["output"]), atol=1e-5, rtol=0)
+
+
+@needs_reference
+def test_conversations_match_upstream():
+    tokenizer = LlamaTokenizer.from_pretrained(REFERENCE / "golden" / "mobilevlm_mini" / "mobilevlm", legacy=True)
+    for golden in json.loads((REFERENCE / "golden" / "conversations.json").read_text()):
+        input_ids, labels = data.encode_conversation(golden["conversations"], tokenizer, golden["kind"])
+        assert input_ids == golden["input_ids"]
+        assert labels == golden["labels"]
+
+
+@needs_reference
+def test_pixels_match_upstream():
+    folder = REFERENCE / "golden" / "mobilevlm_mini"
+    pixels = data.image_to_tensor(data.open_image(folder, "image.png"), 112, "pad").numpy()
+    expected = np.load(folder / "expected.npz")["pixel_values"][0]
+    assert np.abs((pixels - expected) * np.array(data.CLIP_STD)[:, None, None]).max() <= 2 / 255
+
+
+@needs_reference
+def test_vision_features_match_upstream():
+    folder = REFERENCE / "golden" / "mobilevlm_mini"
+    expected = np.load(folder / "expected.npz")
+    clip = hydra.load_clip(folder / "clip", torch.float16).float()  # upstream's came out of its fp16 file
+    features = clip(torch.from_numpy(expected["pixel_values"]))
+    assert torch.allclose(features, torch.from_numpy(expected["vision_features"]).float(), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+
+
+def test_targets_are_the_answers(world, tokenizer):
+    record = json.loads((world / "instruct.json").read_text())[0]
+    input_ids, labels = data.encode_conversation(record["conversations"], tokenizer, "v1")
+    answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+    assert tokenizer.decode([label for label in labels if label != data.IGNORE]) == "".join(f" {answer}</s>" for answer in answers)
+    assert input_ids.count(data.IMAGE_TOKEN) == 1
+    assert all(label in (data.IGNORE, token) for token, label in zip(input_ids, labels))
+
+
+@pytest.mark.parametrize("text", ["naïve 東京 \x00", "a </s> b", "USER: ASSISTANT: <s>"])
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    turns = [{"from": "human", "value": "Read."}, {"from": "gpt", "value": text}]
+    _, labels = data.encode_conversation(turns, tokenizer, "v1")
+    target = [label for label in labels if label != data.IGNORE]
+    assert target.count(tokenizer.eos_token_id) == 1 and target[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(target[:-1]).strip() == text.strip()
+
+
+def test_prompt_is_the_start_of_its_training_sample(tokenizer):
+    turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "Red"}]
+    prompt, labels = data.encode_conversation(turns[:1], tokenizer, "v1")
+    whole, _ = data.encode_conversation(turns, tokenizer, "v1")
+    assert whole[: len(prompt)] == prompt and set(labels) == {data.IGNORE}
+    late, _ = data.encode_conversation([{"from": "gpt", "value": "Hello."}, *turns], tokenizer, "v1")
+    assert late == whole  # an answer to nothing is dropped
+
+
+@pytest.mark.parametrize("size", [(48, 48), (100, 40), (33, 90), (1, 1), (900, 10)])
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_images_of_any_shape(size, mode):
+    assert data.image_to_tensor(Image.new("RGB", size), 32, mode).shape == (3, 32, 32)
+
+
+def test_sampler_drops_nothing_and_groups():
+    rng = random.Random(0)
+    records = [{"conversations": [{"value": "x" * rng.randint(1, 400)}]} | ({"image": "i"} if i % 9 else {}) for i in range(1003)]
+    batches = data.global_batches(records, 16, seed=3, epoch=1)
+    assert sorted(sum(batches, [])) == list(range(1003))
+    assert [len(batch) for batch in batches] == [16] * 62 + [11]
+    assert batches == data.global_batches(records, 16, seed=3, epoch=1) != data.global_batches(records, 16, seed=3, epoch=2)
+    mixed = sum(len({"image" in records[i] for i in batch}) > 1 for batch in batches)
+    assert mixed <= 2
+
+    def padding(batches):
+        lengths = [[len(records[i]["conversations"][0]["value"]) for i in batch] for batch in batches]
+        return 1 - sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
+
+    shuffled = rng.sample(range(1003), 1003)
+    assert padding(batches) < 0.3 * padding([shuffled[i : i + 16] for i in range(0, 1003, 16)])
+
+
+@pytest.mark.parametrize("count", [1, 3, 12, 13, 16])
+def test_micro_batches_share_out_a_global_batch(count):
+    parts = data.micro_batches(list(range(count)), per_device=4, world_size=2)
+    assert sum((row for step in parts for row in step), []) == list(range(count))
+    assert all(len(step) == 2 and max(map(len, step)) <= 4 for step in parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# the adapter
+
+
+def test_adapter_starts_as_its_base():
+    base = torch.nn.Linear(24, 40, bias=False)
+    adapter, x = hydra.HybridLoRALinear(base, 3, 1), torch.randn(5, 24)
+    assert torch.equal(adapter(x), base(x)) and adapter.rank == 4
+
+
+def test_adapter_equals_its_dense_sum():
+    adapter, x = make_adapter()
+    dense = x @ (adapter.base.weight + adapter.delta()).T
+    assert torch.allclose(adapter(x), dense, atol=1e-5)
+
+
+@torch.no_grad()
+def test_merge_and_unmerge():
+    adapter, x = make_adapter()
+    before, weight = adapter(x), adapter.base.weight.clone()
+    adapter.merge(), adapter.merge()  # merging twice is merging once
+    assert torch.allclose(adapter(x), before, atol=1e-5) and not torch.allclose(adapter.base.weight, weight)
+    adapter.unmerge(), adapter.unmerge()
+    assert torch.allclose(adapter.base.weight, weight, atol=1e-6) and torch.allclose(adapter(x), before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_growth_keeps_the_function():
+    adapter, x = make_adapter()
+    before, scale = adapter(x), adapter.scale
+    kept = adapter.resize(6, 3)
+    assert kept.tolist() == [0, 1, 2, 3] and adapter.rank == 9 and adapter.scale == scale
+    assert (adapter(x) - before).abs().max() <= 1e-6 * before.abs().max()
+    assert adapter.lora_A[4:].abs().min() > 0  # a row of zeros would never learn
+
+
+@torch.no_grad()
+def test_shrinking_drops_the_least_important():
+    adapter, _ = make_adapter()
+    A, B = adapter.lora_A.clone(), adapter.lora_B.clone()
+    kept = adapter.resize(3, -1, importance=torch.tensor([0.1, 5.0, 0.2, 3.0]))
+    assert kept.tolist() == [1, 3]
+    assert torch.equal(adapter.lora_A, A[[1, 3]]) and torch.equal(adapter.lora_B, B[:, [1, 3]])
+
+
+@pytest.mark.parametrize("coarse, fine", [(0, 0), (2, -2), (24, 1)])
+def test_impossible_ranks_are_refused(coarse, fine):
+    with pytest.raises(hydra.HydraError, match="use 1 to 24"):
+        hydra.HybridLoRALinear(torch.nn.Linear(24, 40), coarse, fine)
+
+
+def test_adapter_matches_peft():
+    peft = pytest.importorskip("peft", reason="peft is not installed: no comparison with its LoRA")
+    adapter, x = make_adapter()
+    theirs = peft.tuners.lora.Linear(
+        copy.deepcopy(adapter.base), "default", config=peft.LoraConfig(lora_alpha=8), r=4, lora_alpha=8
+    ).eval()
+    theirs.lora_A["default"].weight.data, theirs.lora_B["default"].weight.data = adapter.lora_A.data, adapter.lora_B.data
+    assert torch.allclose(adapter(x), theirs(x), atol=1e-5)
+
+
+def test_optimizer_state_moves_with_the_components():
+    adapter, x = make_adapter()
+    optimizer = torch.optim.AdamW([adapter.lora_A, adapter.lora_B], lr=1e-2)
+    adapter(x).square().sum().backward()
+    optimizer.step()
+    old = adapter.lora_A, adapter.lora_B
+    before = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in old]
+    kept = adapter.resize(2, 0)
+    adapter_kept = adapter.resize(5, 0)
+    new = adapter.lora_A, adapter.lora_B
+    assert adapter_kept.tolist() == [0, 1]
+    for i, dim in enumerate((0, 1)):
+        hydra.carry_moments(optimizer, old[i], new[i], kept, dim)
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[new[i]][key]
+            assert moment.shape == new[i].shape
+            assert torch.equal(moment.narrow(dim, 0, 2), before[i][key].index_select(dim, kept))
+        assert (optimizer.state[new[i]]["exp_avg"].narrow(dim, 2, 3) == 0).all()
+        assert (optimizer.state[new[i]]["exp_avg_sq"].narrow(dim, 2, 3) > 0).all()
+        assert optimizer.state[new[i]]["step"] == before[i]["step"]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, new))
+
+
+# ---------------------------------------------------------------------------------------------
+# the rank method
+
+
+def test_budget_is_never_passed_and_used_to_the_last_component():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        costs = rng.integers(20, 90, (4, 7))
+        rank = rng.integers(1, 9)
+        budget, limits = int(rank * costs.sum()), np.full(costs.shape, 16)
+        ranks = hydra.fit_to_budget(np.exp(rng.normal(0, 1, costs.shape)), costs, budget, limits)
+        spare = budget - (ranks * costs).sum()
+        assert 0 <= spare and ranks.min() >= 1 and ranks.max() <= 16
+        assert not ((costs <= spare) & (ranks < limits)).any()
+
+
+def test_equal_scores_leave_ranks_uniform():
+    coarse, both = hydra.coarse_and_fine(np.full((4, 7), 0.3), rank=4)
+    assert np.allclose(coarse, 4) and np.allclose(both, 4)
+
+
+def test_coarse_ranks_follow_layers_and_fine_ranks_projections():
+    scores = np.ones((6, 7))
+    scores[4:] *= 4  # two layers matter more
+    scores[:, 2] *= 2  # and one projection everywhere
+    coarse, both = hydra.coarse_and_fine(scores, rank=8)
+    assert (coarse[4:] > coarse[:4].max()).all() and len(np.unique(coarse.round(6))) == 2
+    assert (both[:, 2:3] > np.delete(both, 2, axis=1)).all()
+    assert both.max() <= 8 * hydra.MILD**2 and both.min() >= 8 / hydra.MILD**2
+
+
+def test_predictor_learns_what_is_there_and_doubts_what_is_not():
+    rng = np.random.default_rng(0)
+    truth = np.array([1.0, -0.5, 0.2, 0.0, 2.0])
+    learnable, noise = hydra.PerformancePredictor(), hydra.PerformancePredictor()
+    for _ in range(40):
+        x = rng.normal(size=5)
+        learnable.observe(0, x, x @ truth + 0.01 * rng.normal())
+        noise.observe(0, x, rng.normal())
+    good, bad = learnable.fit(), noise.fit()
+    assert good["error"] < 0.2 * good["error_of_mean"]
+    assert bad["error"] > 0.9 * bad["error_of_mean"]
+    x = rng.normal(size=5)
+    assert abs(learnable.predict(x) - x @ truth) < 0.2
+    assert learnable.predict(np.zeros(5)) == 0  # no change changes nothing
+
+
+def test_predictor_error_is_that_of_refitting_without_each_row():
+    rng = np.random.default_rng(1)
+    rows = [(i // 6, rng.normal(size=5), rng.normal()) for i in range(12)]
+    predictor = hydra.PerformancePredictor()
+    for row in rows:
+        predictor.observe(*row)
+    error = predictor.fit()["error"]
+    # the direct way, with the scale of the features as fitted on all rows
+    spread, weight = predictor.spread, np.array([predictor.FORGET ** (1 - event) for event, _, _ in rows])
+    X, y = np.array([x for _, x, _ in rows]) / spread, np.array([change for _, _, change in rows])
+    errors = []
+    for i in range(12):
+        rest = np.arange(12) != i
+        XtW = (X[rest] * weight[rest, None]).T
+        w = np.linalg.solve(XtW @ X[rest] + predictor.RIDGE * np.eye(5), XtW @ y[rest])
+        errors.append(weight[i] * (y[i] - X[i] @ w) ** 2)
+    assert np.isclose(error, np.sqrt(sum(errors) / weight.sum()))
+
+
+def test_rank_events_keep_the_invariants(world, tokenizer):
+    """A short training run with a predictor that always believes: ranks must move, the budget hold."""
+    model = make_model(world, rank=3)
+    samples = make_samples(world, tokenizer, 12)
+    batch, probe = data.collate([samples[i] for i in range(8)]), data.collate([samples[i] for i in range(8, 12)])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = hydra.RankController(model, 3, total_steps=20)
+    controller.predictor.fit = lambda: fit_and_believe(controller.predictor)
+    smallest, moved = controller.costs.min(), 0
+    for step in range(20):
+        loss, count = model.train()(**batch)
+        (loss / count).backward()
+        controller.observe(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in controller.event_steps:
+            weights = {name: adapter.lora_B.clone() for name, adapter in hydra.adapters(model).items()}
+            controller.change = keep_weights_until_change(controller, weights)
+            entry = controller.event(step + 1, lambda: train.held_out_loss(model, [probe], torch.device("cpu")), optimizer)
+            moved += entry["choice"] != "stay"
+            if entry["choice"] != "stay":
+                assert "loss_of_shrinking" in entry
+            assert entry["parameters"] == sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
+        assert 0 <= controller.budget - controller.parameters_used() < smallest
+    assert moved and len(controller.history) == 4
+    assert any("realised_gain" in entry for entry in controller.history)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
+
+
+def fit_and_believe(predictor):
+    report = hydra.PerformancePredictor.fit(predictor)
+    return report | {"error": 0.0, "error_of_mean": 1.0}
+
+
+def keep_weights_until_change(controller, weights):
+    """RankController.change, which first checks that the probes put every masked component back."""
+
+    def change(*arguments):
+        assert all(torch.equal(adapter.lora_B, weights[name]) for name, adapter in controller.adapters.items())
+        return hydra.RankController.change(controller, *arguments)
+
+    return change
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+
+def test_encoder_is_the_last_hidden_state_but_one(world):
+    clip = hydra.load_clip(world / "clip")
+    clip.train()
+    pixels = torch.randn(2, 3, 48, 48)
+    expected = clip.clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    features = clip(pixels)
+    assert torch.equal(features, expected) and features.shape == (2, 36, 24)
+    assert not any(module.training for module in clip.modules()) and not features.requires_grad
+
+
+@torch.no_grad()
+def test_splice_puts_image_tokens_in_place(world, tokenizer):
+    model = make_model(world)
+    samples = make_samples(world, tokenizer, 3)
+    batch = data.collate([samples[i] for i in range(3)])
+    logits = model.eval()(**{**batch, "labels": None})
+    embed, image = model.llm.get_input_embeddings(), 0
+    for row, sample in enumerate(samples[i] for i in range(3)):  # one by one, by hand
+        parts = []
+        for token in sample["input_ids"]:
+            if token == data.IMAGE_TOKEN:
+                parts.append(model.projector(model.clip(batch["pixel_values"][image : image + 1]))[0])
+                image += 1
+            else:
+                parts.append(embed(torch.tensor([token])))
+        expected = model.llm(inputs_embeds=torch.cat(parts)[None]).logits[0]
+        assert torch.allclose(logits[row, : len(expected)], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="placeholders"):
+        model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"][:1])
+
+
+def test_loss_equals_cross_entropy_of_all_logits(world, tokenizer):
+    model = make_model(world, rank=2)
+    samples = make_samples(world, tokenizer, 4)
+    batch = data.collate([samples[i] for i in range(4)])
+    shapes = []
+    model.llm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    loss, count = model(**batch)
+    targets = (batch["labels"][:, 1:] != data.IGNORE).sum()
+    assert count == targets and shapes == [(targets, len(tokenizer))]  # never [B, T, vocabulary]
+    _, _, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
+    logits = model(**{**batch, "labels": None})
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert torch.allclose(loss, expected, rtol=1e-5)
+
+
+def test_generation_in_a_batch_equals_one_by_one(world, tokenizer):
+    model = make_model(world, rank=2).eval()
+    questions = [json.loads(line) for line in (world / "questions.jsonl").read_text().splitlines()][:6]
+    questions[1]["text"] = "A much longer question: " + questions[1]["text"]
+    device = torch.device("cpu")
+    together = train.answer(model, tokenizer, questions, world / "images", 0, 1, device)
+    alone = [train.answer(model, tokenizer, [question], world / "images", 0, 1, device)[0] for question in questions]
+    assert together == alone
+
+
+@pytest.mark.parametrize("stage, method", [(1, None), (2, "hydra"), (2, "full")])
+def test_only_the_intended_parameters_get_gradients(world, tokenizer, stage, method):
+    model = make_model(world, rank=2 if method == "hydra" else 0, stage=stage, method=method)
+    samples = make_samples(world, tokenizer)
+    loss, _ = model.train()(**data.collate([samples[i] for i in range(6)]))
+    loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    parts = {"hydra": ("projector.", "lora_"), "full": ("projector.", "llm."), None: ("projector.",)}[method]
+    assert trained == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+
+
+def gradients(model, batches):
+    """Gradient of the mean loss over all targets of the batches, as the training loop makes it."""
+    model.zero_grad()
+    total = 0
+    for batch in batches:
+        loss, count = model(**batch)
+        loss.backward()
+        total += count
+    return torch.cat([(p.grad / total).flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_split_of_the_global_batch_does_not_matter(world, tokenizer):
+    model = make_model(world, rank=2).train()
+    samples = make_samples(world, tokenizer, 6)
+    whole = gradients(model, [data.collate([samples[i] for i in range(6)])])
+    # one of text alone, one uneven, one empty, as a last incomplete global batch gives
+    parts = [[0], [1, 2, 4, 5], [], [3]]
+    split = gradients(model, [data.collate([samples[i] for i in part]) for part in parts])
+    assert (whole - split).norm() <= 1e-6 * whole.norm()
+
+
+def test_samples_are_cut_after_the_image_is_expanded(world, tokenizer):
+    samples = make_samples(world, tokenizer, 2)
+    samples.context_length = 50
+    model = make_model(world)
+    batch = data.collate([samples[1]])
+    embeddings, mask, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
+    assert embeddings.shape[1] == mask.sum() == labels.shape[1] == 50
+
+
+# ---------------------------------------------------------------------------------------------
+# the commands
+
+
+def flags(world, runs, stage=2, **changed):
+    """Command line of a run on the test world; a flag set to None is left away, to True stands alone."""
+    options = dict(
+        stage=stage, model=world / "llm", vision_tower=world / "clip", data=world / ("caption.json" if stage == 1 else "instruct.json"),
+        images=world / "images", questions=None if stage == 1 else world / "questions.jsonl", out=runs / f"stage{stage}", stage1=runs / "stage1",
+        global_batch_size=8, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=8, lora_dropout=0.0, log_steps=2, num_workers=0,
+        lora_rank=2, lora_alpha=4,
+    )  # fmt: skip
+    options.update(changed)
+    return [word for name, value in options.items() if value is not None for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def command(*words, processes=1, folder=HERE, code=0):
+    """Run a script of the project, under torchrun for several processes; returns its output."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    result = subprocess.run(
+        [sys.executable, *launcher, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def stage1(world, tmp_path_factory):
+    """A finished stage 1, through the command line."""
+    out = tmp_path_factory.mktemp("runs")
+    output = command(HERE / "train.py", *flags(world, out, stage=1))
+    assert "4 × 2 × 1 processes = 8" in output and "next: torchrun train.py --stage 2" in output
+    return out
+
+
+@pytest.fixture(scope="session")
+def stage2(world, stage1):
+    """A finished stage 2 with rank events, through the command line."""
+    output = command(HERE / "train.py", *flags(world, stage1, out=stage1 / "one"))
+    assert output.count("rank event at step") == 3 and "no image" in output
+    return stage1 / "one"
+
+
+def final_state(out):
+    folder = hydra.find_checkpoint(out)
+    return hydra.load_file(folder / "model.safetensors"), hydra.read_config(folder)
+
+
+def test_stages_leave_a_checkpoint_a_log_and_a_picture(stage2):
+    assert [path.name for path in sorted(stage2.iterdir())] == ["checkpoint-8", "log.jsonl", "ranks.png"]
+    entries = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [2, 4, 6, 8]
+    assert {"ranks_before", "ranks", "budget", "error", "error_of_mean"} <= next(e for e in entries if "choice" in e).keys()
+    assert set(entries[-1]["accuracy"]) == {"existence", "color", "position", "count", "letter", "choice", "all"}
+
+
+def test_chat_answers_from_a_checkpoint(world, stage2):
+    image = next((world / "images").iterdir())
+    command(HERE / "hydra.py", "chat", stage2, "--image", image, "--prompt", "What is it?", "--max_new_tokens", 4)
+    model, _, config = hydra.load_checkpoint(stage2)
+    assert {name: adapter.rank for name, adapter in hydra.adapters(model).items()} == {n: sum(r) for n, r in config["ranks"].items()}
+
+
+def test_two_processes_equal_one(world, stage1, stage2):
+    command(HERE / "train.py", *flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2), processes=2)
+    (one, config_one), (two, config_two) = final_state(stage2), final_state(stage1 / "two")
+    assert config_one["ranks"] == config_two["ranks"]
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_resume_is_bit_identical(world, stage1, stage2, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, stage1, out=stage1 / "resumed", save_steps=3)])
+    save = train.save_checkpoint
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the other run
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(sys, "argv", sys.argv + ["--resume"])
+    train.main()
+    torch.set_num_threads(threads)
+    (one, config_one), (two, config_two) = final_state(stage2), final_state(stage1 / "resumed")
+    assert config_one["ranks"] == config_two["ranks"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_show_marks_what_is_masked(world):
+    output = command(HERE / "data.py", "show", "--data", world / "instruct.json", "--images", world / "images", "--tokenizer", world / "llm")
+    assert "USER:" in output and "<image>" in output
+
+
+# ---------------------------------------------------------------------------------------------
+# bad input: one line that names it, exit code 2
+
+
+def record(**changed):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dot."}]
+    return {"id": "r", "image": "00000.png", "conversations": turns} | changed
+
+
+def turns(*pairs):
+    return [{"from": speaker, "value": value} for speaker, value in pairs]
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"a": 1}, "list of records"),
+    ([], "list of records"),
+    ("not json", "not valid JSON"),
+    ([record(conversations=None)], r"record 0 \(r\): has no list 'conversations'"),
+    ([record(conversations=turns(("robot", "<image>"), ("gpt", "x")))], "unknown speaker 'robot'"),
+    ([record(conversations=turns(("human", "What?"), ("gpt", "x")))], "has an image and 0 <image>"),
+    ([record(conversations=turns(("human", "<image><image>"), ("gpt", "x")))], "has an image and 2 <image>"),
+    ([{"id": "r", "conversations": record()["conversations"]}], "no field 'image'"),
+    ([record(image="nowhere.png"), record(image=7)], r"nowhere.png does not exist \(1 more records are wrong\)"),
+    ([record(conversations=turns(("human", "<image>"), ("human", "x")))], "take turns"),
+])  # fmt: skip
+def test_bad_records(world, tmp_path, content, message):
+    path = tmp_path / "records.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(data.DataError, match=message):
+        data.read_records(path, world / "images")
+
+
+def test_bad_images(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "text.jpg").write_text("no picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
+    os.symlink(tmp_path / "outside.png", tmp_path / "folder" / "link.png")
+    for name, message in [("text.jpg", "cannot be decoded"), ("no.jpg", "no such image"), ("../outside.png", "outside"), ("link.png", "outside")]:
+        with pytest.raises(data.DataError, match=message):
+            data.open_image(tmp_path / "folder", name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 × 64 now counts as a decompression bomb
+    with pytest.raises(data.DataError, match="cannot be decoded"):
+        data.open_image(tmp_path, "outside.png")
+
+
+@pytest.mark.parametrize("changed, message", [
+    (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
+    (dict(images="nowhere"), "nowhere: no such image folder"),
+    (dict(global_batch_size=6), r"4 × .* = .*, not --global_batch_size 6"),
+    (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
+    (dict(lora_rank=33), "rank 33 for a linear of 32 -> 32: use 1 to 32"),
+    (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1"),
+    (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
+    (dict(projector_type="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
+])  # fmt: skip
+def test_bad_flags(world, stage1, tmp_path, monkeypatch, changed, message):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, stage1, **{"out": tmp_path / "out", **changed})])
+    with pytest.raises((train.ConfigError, hydra.HydraError, data.DataError), match=message):
+        train.main()
+
+
+def test_a_run_is_not_overwritten_and_not_continued_as_another(world, stage1, stage2, monkeypatch):
+    for changed, message in [(dict(), "holds a run"), (dict(resume=True, method="lora"), "has method hydra, this run lora")]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, stage1, out=stage2, **changed)])
+        with pytest.raises(train.ConfigError, match=message):
+            train.main()
+
+
+def test_an_error_is_one_line_and_exit_code_2(world, tmp_path):
+    for words in (
+        [HERE / "train.py", *flags(world, tmp_path)],
+        [HERE / "hydra.py", "chat", tmp_path, "--image", "x.png", "--prompt", "What?"],
+        [HERE / "data.py", "show", "--data", tmp_path / "no.json", "--images", tmp_path],
+    ):
+        output = command(*words, code=2)
+        assert len([line for line in output.splitlines() if "error" in line]) == 1 and "Traceback" not in output
+    assert "unrecognized arguments: --lora_rnk" in command(HERE / "train.py", "--stage", 1, "--lora_rnk", 4, code=2)

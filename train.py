@@ -1,0 +1,622 @@
+"""Train HyDRA: stage 1 aligns the projector, stage 2 adds hybrid-rank adapters to the LLM.
+
+On a laptop (a toy world, made on the spot; nothing is downloaded):
+
+    torchrun train.py --stage 1
+    torchrun train.py --stage 2
+
+On 8 GPUs, and on two nodes of 8:
+
+    torchrun --nproc_per_node 8 train.py --stage 1 --model 1.7b \\
+        --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain
+    torchrun --nproc_per_node 8 train.py --stage 2 --model 1.7b --data llava_v1_5_mix665k.json --images data
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
+
+A stage is data, not a second code path: what trains, the template and the recipe differ, the loop does not.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import hydra
+
+# ---------------------------------------------------------------------------------------------
+# configuration
+
+
+class ConfigError(ValueError):
+    """A mistake on the command line: one line that names the flag and says what to do."""
+
+
+def flag(default, help, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class Config:
+    """A run. The command line is made from these fields; None stands for the recipe's value."""
+
+    stage: int = flag(None, "1: projector on captions; 2: projector and adapters on instructions", choices=(1, 2), required=True)
+    model: str = flag("tiny", "tiny, 1.7b, 3b, or a folder or hub id of a LLaMA")
+    vision_tower: str = flag(None, "folder or hub id of a CLIP (default: the model's)")
+    projector_type: str = flag("ldpnet", "ldpnet (MobileVLM) or ldpnetv2 (MobileVLM V2)", choices=("ldpnet", "ldpnetv2"))
+    data: str = flag(None, "JSON file of LLaVA records (tiny: the toy world's)")
+    images: str = flag(None, "folder that the records' image names are in")
+    questions: str = flag(None, "JSON lines {image, text, label}, held out, answered at the end of stage 2")
+    out: str = flag(None, "folder of the run (default: runs/MODEL/stage1, runs/MODEL/stage2-METHOD)")
+    stage1: str = flag(None, "stage 1's run, for stage 2 to start from (default: runs/MODEL/stage1)")
+    method: str = flag("hydra", "stage 2: hydra, lora (fixed ranks) or full (the LLM's own weights)", choices=("hydra", "lora", "full"))
+    lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
+    lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
+    lora_dropout: float = flag(None, "dropout before the adapters")
+    use_rslora: bool = flag(False, "scale lora_alpha / √lora_rank instead")
+    per_device_train_batch_size: int = flag(None, "samples per process and forward pass")
+    gradient_accumulation_steps: int = flag(None, "forward passes per step")
+    global_batch_size: int = flag(None, "samples per step; any two of the three give the third")
+    learning_rate: float = flag(None, "peak of the cosine schedule")
+    warmup_ratio: float = flag(0.03, "share of the steps in which the rate rises")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    epochs: int = flag(1, "passes over the data")
+    max_steps: int = flag(None, "stop after so many steps, the schedule shortened to fit")
+    seed: int = flag(0, "of initial weights, data order, dropout and rank probes")
+    resume: bool = flag(False, "continue from the newest checkpoint in --out")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
+    num_workers: int = flag(None, "processes that read images ahead (default: 4 per GPU, 0 without GPU)")
+    log_steps: int = flag(20, "steps between log lines")
+    eval_steps: int = flag(None, "steps between evaluations (default: four in a run)")
+    save_steps: int = flag(500, "steps between checkpoints; the last is always kept")
+
+
+# MobileVLM's recipe, for a global batch on any number of GPUs; tiny's was chosen on held-out loss
+RECIPES = {
+    ("tiny", 1): dict(global_batch_size=32, per_device_train_batch_size=32, learning_rate=2e-3, max_steps=250),
+    ("tiny", 2): dict(global_batch_size=16, per_device_train_batch_size=16, learning_rate=5e-3, lora_rank=4, lora_alpha=8.0, lora_dropout=0.0),
+    ("1.7b", 1): dict(global_batch_size=256, per_device_train_batch_size=32, learning_rate=1e-3),
+    ("1.7b", 2): dict(global_batch_size=128, per_device_train_batch_size=16, learning_rate=1e-4, lora_rank=128, lora_alpha=256.0, lora_dropout=0.05),
+    ("3b", 1): dict(global_batch_size=256, per_device_train_batch_size=32, learning_rate=1e-3),
+    ("3b", 2): dict(global_batch_size=128, per_device_train_batch_size=16, learning_rate=2e-4, lora_rank=128, lora_alpha=256.0, lora_dropout=0.05),
+}
+FULL_LEARNING_RATE = {"tiny": 1e-3, "1.7b": 2e-5, "3b": 4e-5}
+HUB = {"1.7b": "mtgv/MobileLLaMA-1.4B-Chat", "3b": "mtgv/MobileLLaMA-2.7B-Chat"}
+CLIP_HUB = "openai/clip-vit-large-patch14-336"
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        options = dict(f.metadata)
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", **options)
+        else:
+            options["help"] += f" (default: {f.default})" if f.default is not None else ""
+            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, **options)
+    config = Config(**vars(parser.parse_args(argv)))
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.type in (int, float) and value is not None and (value < 0 or value == 0 and f.type is int and f.name not in ("seed", "num_workers")):
+            raise ConfigError(f"--{f.name} {value}: give a positive number")
+    return config
+
+
+def complete(config, world_size):
+    """Fill what was left open from the recipe of the model and stage, and check the batch arithmetic."""
+    recipe = RECIPES[config.model if config.model in ("tiny", "3b") else "1.7b", config.stage]
+    size, device, steps = config.global_batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size = size or (device * steps * world_size if device and steps else recipe["global_batch_size"])
+    if device is None:
+        share = size // (world_size * (steps or 1))
+        device = share if steps else max((d for d in range(1, recipe["per_device_train_batch_size"] + 1) if share % d == 0), default=1)
+    steps = steps or size // (device * world_size)
+    if not device or device * steps * world_size != size:
+        raise ConfigError(
+            f"--per_device_train_batch_size {device} × --gradient_accumulation_steps {steps} × {world_size} processes "
+            f"= {device * steps * world_size}, not --global_batch_size {size}: change one of them"
+        )
+    config.global_batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps = size, device, steps
+    if config.learning_rate is None and config.stage == 2 and config.method == "full":
+        config.learning_rate = FULL_LEARNING_RATE.get(config.model, FULL_LEARNING_RATE["1.7b"])
+    for name, value in recipe.items():
+        if getattr(config, name) is None and not (name == "max_steps" and config.data):
+            setattr(config, name, value)
+    name = Path(config.model).name
+    config.out = config.out or f"runs/{name}/stage{config.stage}" + (f"-{config.method}" if config.stage == 2 else "")
+    config.stage1 = config.stage1 or f"runs/{name}/stage1"
+    return config
+
+
+# ---------------------------------------------------------------------------------------------
+# processes
+
+
+def set_up_processes():
+    """(rank, world size, device): one process per GPU under torchrun, or a single plain one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def sum_over_processes(*values, device="cpu"):
+    """Each value (number or tensor) summed over all processes, as floats."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def on_first_process(function):
+    """Run function on process 0 while the others wait for it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        function()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# building: model, data
+
+
+def build_model(config, device):
+    """(model, tokenizer) with the adapters of stage 2, the trained parts of stage 1, and the rest frozen."""
+    if config.model == "tiny":
+        world = Path("runs/tiny/world").resolve()
+        on_first_process(partial(data.make_world, world))
+        config.vision_tower = config.vision_tower or str(world / "clip")
+        if config.data is None:
+            config.data, config.images = str(world / ("caption.json" if config.stage == 1 else "instruct.json")), str(world / "images")
+            config.questions = str(world / "questions.jsonl")
+    if config.data is None:
+        raise ConfigError("--data: name the JSON file of records, and --images their folder")
+    stage1 = None
+    if config.stage == 2:
+        stage1 = hydra.find_checkpoint(config.stage1)
+        if stage1 is None:
+            raise ConfigError(f"--stage 2: no checkpoint in {config.stage1}; first run: torchrun train.py --stage 1 --model {config.model}")
+    torch.manual_seed(config.seed)
+    # frozen weights in bf16 where the hardware is made for it, trained ones always in fp32
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    full = config.stage == 2 and config.method == "full"
+    source = world / "llm" if config.model == "tiny" else HUB.get(config.model, config.model)
+    llm, tokenizer = hydra.load_mobilellama(source, torch.float32 if full else frozen)
+    clip = hydra.load_clip(config.vision_tower or CLIP_HUB, frozen)
+    projector = hydra.build_projector(config.projector_type, clip.clip.config.hidden_size, llm.config.hidden_size)
+    model = hydra.HydraVLM(clip, projector, llm).to(device)
+    if config.stage == 2 and config.method != "full":
+        scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+        hydra.inject_adapters(llm, config.lora_rank, scale, config.lora_dropout)
+    if stage1:
+        say(f"starting from stage 1's projector: {stage1}")
+        saved = hydra.read_config(stage1)
+        if saved["stage"] != 1 or saved["projector"] != config.projector_type:
+            raise ConfigError(f"--stage1 {stage1}: holds stage {saved['stage']} with projector {saved['projector']}, not stage 1 with {config.projector_type}")
+        hydra.restore(model, stage1, saved)
+    hydra.freeze(model, config.stage, config.method)
+    if config.gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def split_held_out(records, probes):
+    """(train, probe, validation): 5 % held out, spread over the file, at most 256 + probes.
+
+    The rank method measures on the probe records; what is reported comes from the validation
+    records, which no decision has seen.
+    """
+    count = min(len(records) // 20, 256 + probes)
+    if count < 2:
+        raise ConfigError(f"--data: {len(records)} records are too few to hold some out; give at least 40")
+    every = len(records) // count
+    held = [record for i, record in enumerate(records) if i % every == every - 1][:count]
+    held_ids = set(map(id, held))
+    probes = min(probes, count // 3 + 1)
+    return [record for record in records if id(record) not in held_ids], held[:probes], held[probes:]
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def held_out_loss(model, batches, device):
+    """Loss per target token over all processes' batches."""
+    was_training = model.training
+    model.eval()
+    loss, count = 0.0, 0
+    with autocast(device):
+        for batch in batches:
+            batch_loss, batch_count = model(**batch)
+            loss, count = loss + batch_loss.double(), count + batch_count
+    model.train(was_training)
+    loss, count = sum_over_processes(loss, count, device=device)
+    return loss / max(count, 1)
+
+
+def answer(model, tokenizer, questions, images, rank, world_size, device, batch_size=64):
+    """This process's share of the questions with the model's answers: [(question, answer)]."""
+    mine, answered = questions[rank::world_size], []
+    for start in range(0, len(mine), batch_size):
+        rows, pixels = [], []
+        for question in mine[start : start + batch_size]:
+            turn = {"from": "human", "value": "<image>\n" + question["text"]}
+            rows.append(torch.tensor(data.encode_conversation([turn], tokenizer, "v1")[0]))
+            pixels.append(data.image_to_tensor(data.open_image(images, question["image"]), model.image_size, "pad"))
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        with autocast(device):
+            ids = model.generate(pad(rows), pad([torch.ones_like(row) for row in rows]), torch.stack(pixels), max_new_tokens=16)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answered += zip(mine[start : start + batch_size], [text.strip() for text in texts])
+    return answered
+
+
+@torch.no_grad()
+def captions(model, tokenizer, batch, device, count=3):
+    """What the model says about a few held-out images after stage 1."""
+    with autocast(device):
+        ids = model.generate(batch["input_ids"][:count, :2], None, batch["pixel_values"][:count], max_new_tokens=40)
+    return [text.strip().split("\n")[0] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def kind_of(question):
+    """The question's category, or its first two words."""
+    return question.get("category") or " ".join(question["text"].split()[:2])
+
+
+def blind_answers(records, questions):
+    """The answers to give without seeing the image: the most frequent one of the training records to
+    the same question, else to questions with the same first two words, else to any."""
+    counts = defaultdict(Counter)
+    for record in records:
+        turns = record["conversations"]
+        for human, gpt in zip(turns, turns[1:]):
+            if human["from"] == "human":
+                text = human["value"].replace("<image>", "").strip().split("\n")[0]
+                for key in (text, tuple(text.split()[:2]), None):
+                    counts[key][gpt["value"].strip()] += 1
+    best = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
+    keys = [(question["text"].split("\n")[0], tuple(question["text"].split()[:2])) for question in questions]
+    return [best.get(text) or best.get(start) or best[None] for text, start in keys]
+
+
+def accuracy(answered, kinds, device):
+    """{kind: share of right answers} over all processes, and "all"."""
+    right = Counter(kind_of(question) for question, text in answered if data.is_correct(text, question["label"]))
+    total = Counter(kind_of(question) for question, _ in answered)
+    right = sum_over_processes(*[right[kind] for kind in kinds], device=device)
+    total = sum_over_processes(*[total[kind] for kind in kinds], device=device)
+    return {kind: r / t for kind, r, t in zip(kinds, right, total)} | {"all": sum(right) / sum(total)}
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints, log, picture
+
+
+def save_checkpoint(out, model, optimizer, controller, step, description):
+    """checkpoint-STEP with the model and all that the loop needs; older ones go once it is whole."""
+    states = [torch.get_rng_state()]
+    if dist.is_initialized():
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, torch.get_rng_state())
+
+    def write():
+        temporary = out / ".unfinished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        hydra.save_model(temporary, model, {**description, "step": step})
+        trainer = {"step": step, "optimizer": optimizer.state_dict(), "random": states}
+        if controller:
+            trainer["controller"] = controller.state_dict()
+        torch.save(trainer, temporary / "trainer.pt")
+        final = out / f"checkpoint-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in out.glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+
+    on_first_process(write)
+
+
+def load_trainer_state(checkpoint, optimizer, controller, rank):
+    """Put the loop's state back; returns the step to go on from."""
+    try:
+        state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds
+        raise ConfigError(f"--resume: {checkpoint / 'trainer.pt'} cannot be read ({str(error).splitlines()[0]})") from None
+    optimizer.load_state_dict(state["optimizer"])
+    if controller:
+        controller.load_state_dict(state["controller"])
+    if rank < len(state["random"]):
+        torch.set_rng_state(state["random"][rank])
+    return state["step"]
+
+
+def say(text):
+    """Print on the first process, above the progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU; fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def draw_ranks(history, path):
+    """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
+    cell, margin, top = 46, 46, 74
+    names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
+    layers, start = len(history[0]["ranks"]), history[0]["ranks"][0][0]
+    panel = margin + cell * len(names) + 14
+    image = Image.new("RGB", (panel * len(history) + 14, top + cell * layers + 50), "white")
+    draw = ImageDraw.Draw(image)
+    text = partial(draw.text, fill="black")
+    for p, entry in enumerate(history):
+        left = p * panel + margin
+        text((left, 8), f"step {entry['step']}: " + ("start" if p == 0 else entry["choice"]), font=ImageFont.load_default(17))
+        if p:
+            text((left, 30), f"held-out loss {entry['held_out_loss']:.3f}, {entry['parameters']:,} parameters", font=ImageFont.load_default(12))
+        for column, name in enumerate(names):
+            text((left + column * cell + cell / 2, top - 12), name, anchor="mm", font=ImageFont.load_default(13))
+        for row, ranks in enumerate(entry["ranks"]):
+            text((left - 8, top + row * cell + cell / 2), str(row), anchor="rm", font=ImageFont.load_default(13))
+            for column, rank in enumerate(ranks):
+                # white: the rank all started with; blue: more; orange: less
+                amount = max(-1.0, min(1.0, math.log2(rank / start)))
+                color = (255, int(255 + 105 * amount), int(255 + 225 * amount)) if amount < 0 else (int(255 - 205 * amount), int(255 - 125 * amount), 255)
+                x, y = left + column * cell, top + row * cell
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color, outline=(190, 190, 190))
+                text((x + cell / 2 - 1, y + cell / 2 - 1), str(rank), anchor="mm", font=ImageFont.load_default(15))
+    text((margin, top + cell * layers + 14), f"rank of each adapter; rows are layers; blue: above the start's {start}, orange: below", font=ImageFont.load_default(13))
+    image.save(path)
+
+
+class Log:
+    """log.jsonl, one object a line; a resumed run drops the lines past its checkpoint first."""
+
+    def __init__(self, path, first, active):
+        self.path, self.active = path, active
+        if active and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
+            path.write_text("".join(line + "\n" for line in kept if first))
+
+    def __call__(self, entry):
+        if self.active:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def describe(config, model):
+    """What a checkpoint says about itself: enough to rebuild the model, and the run's flags."""
+    scales = {adapter.scale for adapter in hydra.adapters(model).values()}
+    return {
+        "stage": config.stage, "method": config.method if config.stage == 2 else None,
+        "model": model.llm.name_or_path, "vision_tower": model.clip.clip.name_or_path, "projector": config.projector_type,
+        "scale": max(scales, default=None), "dropout": config.lora_dropout, "run": asdict(config),
+    }  # fmt: skip
+
+
+def describe_event(entry):
+    """One rank event in words, with the ranks of each layer before and after."""
+    text = (
+        f"rank event at step {entry['step']}: {entry['choice']}"
+        + (" (the model abstains)" if entry["abstained"] else f" (favourite {entry['favourite']}, predicted gain {entry['predicted_gain']:.4f})")
+        + f"; its error {entry['error']:.4f}, of the mean {entry['error_of_mean']:.4f}, on {entry['observations']} left-out measurements"
+        + f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
+    )
+    if entry["choice"] != "stay":
+        for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
+            text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
+    return text
+
+
+def summarize(config, before, after, blind, seconds, event_seconds, total_seconds):
+    """The end of a run: what it reached, what it cost, what to do next."""
+    change = 1 - after["held_out_loss"] / before["held_out_loss"]
+    lines = [f"held-out loss {before['held_out_loss']:.3f} -> {after['held_out_loss']:.3f} ({-100 * change:+.0f} %)"]
+    if blind:
+        lines += [f"{'accuracy':14}{'model':>8}{'no image':>10}"]
+        lines += [f"{kind:14}{share:8.2f}{blind[kind]:10.2f}" for kind, share in after["accuracy"].items()]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s, rank events {100 * event_seconds / seconds:.1f} % of training; peak memory {memory:.1f} GB"]
+    lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method == "hydra" else "")]
+    if config.stage == 1:
+        lines += [f"next: torchrun train.py --stage 2 --model {config.model}"]
+    else:
+        lines += [f'next: python hydra.py chat {config.out} --image FILE --prompt "..."']
+    say("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------
+# the run
+
+
+def schedule(step, total_steps, warmup_ratio):
+    """Learning-rate factor of a step: linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(warmup_ratio * total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def main():
+    config = parse_arguments()
+    rank, world_size, device = set_up_processes()
+    complete(config, world_size)
+    out, begun = Path(config.out), time.time()
+    checkpoint = hydra.find_checkpoint(out)
+    if checkpoint and not config.resume:
+        raise ConfigError(f"--out {out}: holds a run; add --resume to continue it, or name another folder")
+
+    # model and data
+    model, tokenizer = build_model(config, device)
+    description = describe(config, model)
+    if checkpoint:
+        saved = hydra.read_config(checkpoint)
+        for key, value in description.items():
+            if key != "run" and saved.get(key) != value:
+                raise ConfigError(f"--resume: {checkpoint} has {key} {saved.get(key)}, this run {value}; use the same flags")
+        hydra.restore(model, checkpoint, saved)
+    records = data.read_records(config.data, config.images)
+    train, probe, validation = split_held_out(records, 48 if config.model == "tiny" else 128)
+    samples = partial(
+        data.ConversationDataset, images=config.images, tokenizer=tokenizer, template="plain" if config.stage == 1 else "v1",
+        image_size=model.image_size, image_tokens=model.image_tokens, context_length=model.llm.config.max_position_embeddings,
+    )  # fmt: skip
+    held_out = f"{len(probe)} + {len(validation)} held out"
+    probe, validation = (
+        list(torch.utils.data.DataLoader(samples(held[rank::world_size]), config.per_device_train_batch_size, collate_fn=data.collate))
+        for held in (probe, validation)
+    )
+    questions = data.read_questions(config.questions, config.images) if config.questions and config.stage == 2 else []
+
+    @lru_cache(maxsize=2)
+    def batches_of_epoch(epoch):
+        return data.global_batches(train, config.global_batch_size, config.seed, epoch)
+
+    steps_per_epoch = len(batches_of_epoch(0))
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    eval_steps = config.eval_steps or math.ceil(total_steps / 4)
+
+    def micro_batches(step):
+        """Record indices of one step: [passes][processes] lists."""
+        epoch, i = divmod(step, steps_per_epoch)
+        return data.micro_batches(batches_of_epoch(epoch)[i], config.per_device_train_batch_size, world_size)
+
+    # what trains, and the state to go on from
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed) if config.stage == 2 and config.method == "hydra" else None
+    torch.manual_seed(config.seed + 1000 * rank)  # dropout differs between processes
+    first = load_trainer_state(checkpoint, optimizer, controller, rank) if checkpoint else 0
+    say(hydra.parameter_table(model))
+    say(
+        f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
+        f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; "
+        f"{len(train):,} records, {held_out}; {total_steps} steps -> {out}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "log.jsonl", first, active=rank == 0)
+
+    def evaluate(step, asked):
+        """Held-out loss, accuracy on the questions asked, and a few samples; printed, logged, returned."""
+        entry = {"step": step, "held_out_loss": held_out_loss(model, validation, device)}
+        say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
+        if asked:
+            answered = answer(model, tokenizer, asked, config.images, rank, world_size, device)
+            entry["accuracy"] = accuracy(answered, sorted(set(map(kind_of, asked))), device)
+            say("    accuracy: " + ", ".join(f"{kind} {share:.2f}" for kind, share in entry["accuracy"].items()))
+            for question, text in answered[:3]:
+                say(f"    {question['image']}: {question['text'].splitlines()[0]} -> {text} (right: {question['label']})")
+        elif config.stage == 1 and step:
+            for text in captions(model, tokenizer, validation[0], device):
+                say(f"    caption: {text}")
+        log(entry)
+        return entry
+
+    def wrap():
+        return DistributedDataParallel(model) if world_size > 1 else model
+
+    workers = config.num_workers if config.num_workers is not None else 4 * (device.type == "cuda")
+    loader = iter(torch.utils.data.DataLoader(
+        samples(train), batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
+        collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda",
+    ))  # fmt: skip
+    before = evaluate(first, [])
+    ddp = wrap()
+    model.train()
+    loss_sum = target_count = torch.zeros((), device=device)
+    tokens, event_seconds, started = 0, 0.0, time.time()
+    since = started
+    bar = tqdm(total=total_steps, initial=first, disable=None if rank == 0 else True, unit="step")
+    for step in range(first, total_steps):
+        rate = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # gradients of the loss summed over the global batch
+        passes, count = len(micro_batches(step)), torch.zeros((), device=device)
+        for i in range(passes):
+            batch = next(loader)
+            if world_size > 1:
+                ddp.require_backward_grad_sync = i == passes - 1  # one exchange per step, not per pass
+            with autocast(device):
+                batch_loss, batch_count = ddp(**batch)
+            batch_loss.backward()
+            loss_sum, count = loss_sum + batch_loss.detach(), count + batch_count
+            tokens += data.count_tokens(batch, model.image_tokens)
+
+        # divided once by its number of targets, so that the split does not matter; DDP averages, hence world_size
+        target_count = target_count + count
+        if world_size > 1:
+            dist.all_reduce(count)
+        torch._foreach_mul_([p.grad for p in trained], world_size / count.clamp(min=1))
+        if controller:
+            controller.observe(step)
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+
+        done = step + 1
+        if controller and done in controller.event_steps:
+            event_started = time.time()
+            entry = controller.event(done, partial(held_out_loss, model, probe, device), optimizer)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            ddp = wrap()  # DDP holds the parameters that it was given
+            event_seconds += time.time() - event_started
+            say(describe_event(entry))
+            log(entry)
+        if done % config.log_steps == 0 or done == total_steps:
+            loss, targets, seen = sum_over_processes(loss_sum, target_count, tokens, device=device)
+            now = time.time()
+            speed, left = seen / (now - since), (now - started) / (done - first) * (total_steps - done)
+            say(f"{100 * done / total_steps:5.1f}%  loss {loss / max(targets, 1):.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {left:.0f} s left")
+            log({"step": done, "loss": loss / max(targets, 1), "lr": rate, "tokens_per_s": round(speed)})
+            loss_sum, target_count, tokens, since = torch.zeros_like(loss_sum), torch.zeros_like(target_count), 0, now
+        if done % eval_steps == 0 and done < total_steps:
+            evaluate(done, questions[:: max(1, len(questions) // 120)])
+        if done % config.save_steps == 0 or done == total_steps:
+            save_checkpoint(out, model, optimizer, controller, done, description)
+    bar.close()
+    seconds = time.time() - started
+
+    after = evaluate(total_steps, questions)
+    blind = blind_answers(train, questions) if questions else []
+    blind = accuracy(list(zip(questions, blind)), sorted(set(map(kind_of, questions))), None) if questions else {}
+    if rank == 0:
+        if controller:
+            draw_ranks(controller.history, out / "ranks.png")
+        summarize(config, before, after, blind, seconds, event_seconds, time.time() - begun)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, hydra.HydraError, data.DataError) as error:
+        # a reading process wraps the error in its traceback; the last line is the error itself
+        print(f"train.py: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
