@@ -287,12 +287,12 @@ def is_correct(answer, label):
 # ---------------------------------------------------------------------------------------------
 # the toy world: scenes, their captions and questions
 #
-# A scene is a 3 x 3 grid with one to four shapes and one letter. The LLM is trained on text
-# alone, where a scene is nine words ("redcircle", "letterA", "nothing"); CLIP on pictures and
-# captions. Stage 1 then has to make the projector's nine tokens mean what the nine words mean.
-# In stage 2 the questions are whole sentences, and the answers are capitalised words, which the
-# LLM has read never and written never: to say "Red" where it would say "red" takes one new
-# direction per answer, which is why rank binds here.
+# A scene is a 3 x 3 grid with one to four shapes and one letter. The LLM is trained on text alone,
+# where a scene is nine words ("redcircle", "letterA", "nothing"); CLIP on pictures and captions.
+# Stage 1 then has to make the projector's nine tokens mean what the nine words mean. Stage 2 asks
+# in the chat template for answers with a capital: to the LLM "Red" is another word than "red",
+# one that it has met as an answer, but never learned to pick. One new direction per answer has to
+# be learned, which is why rank binds here.
 
 GRID, CELL = 3, 16
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -354,21 +354,20 @@ def scene_facts(scene):
 
 
 def scene_questions(scene, rng):
-    """{kind: (note, question, answer)}, one of each kind: the note is the question as the LLM learned it."""
+    """{kind: (question, answer)}, one of each kind; the kinds mirror the paper's six benchmarks."""
     letter = next(name for name, color in scene.values() if not color)
     cell, (shape, color) = rng.choice([item for item in sorted(scene.items()) if item[1][1]])
-    asked = rng.choice((shape, rng.choice(SHAPES)))
-    present = any(name == asked for name, _ in scene.values())
-    line, names, at = rng.choice((("row", ROWS, cell // GRID), ("column", COLUMNS, cell % GRID)))
+    absent = [name for name in SHAPES if all(name != other for other, _ in scene.values())]
+    asked = rng.choice(absent) if absent and rng.random() < 0.5 else shape
     options = [color, rng.choice([other for other in COLORS if other != color])]
     rng.shuffle(options)
     return {
-        "existence": (f"exist {asked}", f"Is there a {asked} in the image?", "yes" if present else "no"),
-        "color": (f"color {shape}", f"What color is the {shape}?", color),
-        "position": (f"{line} {shape}", f"In which {line} is the {shape}?", names[at]),
-        "count": ("count", "How many shapes are there?", NUMBERS[len(scene) - 1]),
-        "letter": ("letter", "Which letter is in the image?", letter),
-        "choice": (f"choice {shape} {' '.join(options)}", f"Is the {shape} {options[0]} or {options[1]}?", color),
+        "existence": (f"Is there a {asked} in the image?", "no" if asked in absent else "yes"),
+        "color": (f"What color is the {shape}?", color),
+        "position": (f"Where is the {shape}?", f"{ROWS[cell // GRID]} {COLUMNS[cell % GRID]}"),
+        "count": ("How many shapes are there?", NUMBERS[len(scene) - 1]),
+        "letter": ("Which letter is in the image?", letter),
+        "choice": (f"Is the {shape} {options[0]} or {options[1]}?", color),
     }
 
 
@@ -384,7 +383,7 @@ def write_world(folder, train=12000, test=600, seed=0):
         draw_scene(scene, rng).save(folder / "images" / name, compress_level=1)
         facts, asked = scene_facts(scene), scene_questions(scene, rng)
         if i >= train:
-            for kind, (_, question, answer) in asked.items():
+            for kind, (question, answer) in asked.items():
                 questions.append({"question_id": len(questions), "image": name, "text": question,
                                   "label": answer.capitalize(), "category": kind})  # fmt: skip
             continue
@@ -393,7 +392,7 @@ def write_world(folder, train=12000, test=600, seed=0):
         captions.append({"id": f"caption-{i}", "image": name, "conversations": caption})
         turns = []
         for kind in rng.sample(sorted(asked), 3):
-            _, question, answer = asked[kind]
+            question, answer = asked[kind]
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer.capitalize()}]
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
         instructions.append({"id": f"instruct-{i}", "image": name, "conversations": turns})
@@ -430,7 +429,7 @@ def train_tokenizer(folder):
     for _ in range(2000):
         scene = sample_scene(rng)
         lines += [scene_words(scene), ", ".join(scene_facts(scene))]
-        lines += [f"{note} : {question} {answer} {answer.capitalize()}" for note, question, answer in scene_questions(scene, rng).values()]
+        lines += [f"{question} {answer} {answer.capitalize()}" for question, answer in scene_questions(scene, rng).values()]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -452,17 +451,16 @@ def warmup_cosine(step, steps, warmup=0.05):
 
 
 def text_row(tokenizer, rng):
-    """A scene in words, then its caption, or notes about it, each a question and its answer."""
+    """A scene in words, then its caption, or questions about it with answers in small letters."""
     scene = sample_scene(rng)
     if rng.random() < 0.5:
         facts = scene_facts(scene)
         rng.shuffle(facts)
         text, skipped = " " + ", ".join(facts) + "\n", 0
     else:
-        notes = list(scene_questions(scene, rng).values())
-        rng.shuffle(notes)
-        # the line break is no target: after a scene the LLM goes on with a caption unless notes are asked for
-        text, skipped = "".join(f"\n{note} : {answer}" for note, _, answer in notes), 1
+        # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+        asked = rng.sample(sorted(scene_questions(scene, rng).values()), 4)
+        text, skipped = "".join(f"\n{question} {answer}" for question, answer in asked), 1
     head = [tokenizer.bos_token_id] + tokenizer(scene_words(scene)).input_ids
     tail = tokenizer(text).input_ids
     labels = [IGNORE] * (len(head) + skipped) + tail[skipped:]
@@ -472,17 +470,17 @@ def text_row(tokenizer, rng):
 def chat_row(tokenizer, rng):
     """Questions and answers in whole sentences, without a scene: the answers belong to another one.
 
-    So the LLM knows which words answer which question, but has never had a reason to pick one.
+    So the LLM knows which capitalised words answer which question, and has no reason to pick one.
     """
     asked, other = (scene_questions(sample_scene(rng), rng) for _ in range(2))
     turns = []
     for kind in rng.sample(sorted(asked), 3):
-        turns += [{"from": "human", "value": asked[kind][1]}, {"from": "gpt", "value": other[kind][2].capitalize()}]
+        turns += [{"from": "human", "value": asked[kind][0]}, {"from": "gpt", "value": other[kind][1].capitalize()}]
     input_ids, labels = encode_conversation(turns, tokenizer, "v1")
     return {"input_ids": input_ids, "labels": labels, "pixel_values": None}
 
 
-def train_llm(folder, tokenizer, steps=700, batch_size=32, seed=0, lr=2e-3, init=0.02):
+def train_llm(folder, tokenizer, steps=600, batch_size=32, seed=0):
     """A LLaMA that has read scenes as words: their captions, and terse notes about them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -490,10 +488,10 @@ def train_llm(folder, tokenizer, steps=700, batch_size=32, seed=0, lr=2e-3, init
     rng = random.Random(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, rms_norm_eps=1e-6, tie_word_embeddings=False, pad_token_id=0, initializer_range=init,
+        max_position_embeddings=512, rms_norm_eps=1e-6, tie_word_embeddings=False, pad_token_id=0, initializer_range=0.08,  # not 0.02: learns twice as fast at this width
     )  # fmt: skip
     llm = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(llm.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     for step in tqdm(range(steps), "LLaMA", disable=None):
         batch = collate([chat_row(tokenizer, rng) if step % 8 == 7 else text_row(tokenizer, rng) for _ in range(batch_size)])
@@ -503,7 +501,6 @@ def train_llm(folder, tokenizer, steps=700, batch_size=32, seed=0, lr=2e-3, init
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 99: print(step, loss.item())
     llm.save_pretrained(folder)
 
 
@@ -521,7 +518,7 @@ def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
         projection_dim=96,
     )  # fmt: skip
     clip = CLIPModel(config).train()
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     for step in tqdm(range(steps), "CLIP", disable=None):
         scenes = [sample_scene(rng) for _ in range(batch_size)]
@@ -534,7 +531,6 @@ def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
         output.loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 99: print(step, output.loss.item(), (output.logits_per_image.argmax(1)==torch.arange(batch_size)).float().mean().item())
     clip.vision_model.save_pretrained(folder)
 
 

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
-from transformers.utils import logging
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
 logging.disable_progress_bar()  # of loading weights, a line for every part
 
@@ -193,12 +193,9 @@ def load_mobilellama(name_or_dir, dtype=torch.float32):
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise HydraError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
-        if not (folder / "tokenizer.json").is_file():
-            for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
-                try:
-                    __import__(module)
-                except ImportError:
-                    raise HydraError(f"{folder / 'tokenizer.model'}: needs the package {package}: pip install {package}") from None
+        for package, is_there in (("sentencepiece", is_sentencepiece_available), ("protobuf", is_protobuf_available)):
+            if not (folder / "tokenizer.json").is_file() and not is_there():
+                raise HydraError(f"{folder / 'tokenizer.model'}: needs the package {package}: pip install {package}")
     llm = from_hub(LlamaForCausalLM, name_or_dir, dtype=dtype)  # dtype: else it is the config's
     if llm.config.model_type != "llama":
         raise HydraError(f"{name_or_dir}: is a {llm.config.model_type!r} model; give a LLaMA")
@@ -411,81 +408,68 @@ def fit_to_budget(targets, costs, budget, limits):
 
 
 class PerformancePredictor:
-    """Ridge regression from a change of ranks to the change of held-out loss.
+    """Ridge regression from a change of ranks (features) to the change of held-out loss it brings.
 
-    A change is described by five numbers (RankController.describe), the same for all layers, so
-    that some dozen measurements suffice; it passes through the origin, since no change changes
-    nothing. Observations are weighted towards the latest, because what a component is worth
-    moves while the model learns.
+    It passes through the origin, since no change changes nothing. Each event halves the weight of
+    older observations: what a component is worth moves while the model learns.
     """
 
     RIDGE, FORGET = 1.0, 0.5
 
     def __init__(self):
         self.observations = []  # (event, features, measured change of loss)
-        self.weights = None
-
-    def observe(self, event, features, change):
-        self.observations.append((event, [float(x) for x in features], float(change)))
 
     def fit(self):
-        """Fit; returns {"error", "error_of_mean", "observations"}: root mean square, leave-one-out."""
+        """Fit; returns {"error", "error_of_mean", "observations"}: root mean squares, each row left out in turn."""
         events, X, y = (np.array(column, dtype=float) for column in zip(*self.observations))
-        root = np.sqrt(self.FORGET ** (events.max() - events))[:, None]  # weighted least squares
+        weight = self.FORGET ** (events.max() - events)
         self.spread = np.sqrt((X**2).mean(0)) + 1e-12
-        Xw, yw = X / self.spread * root, y * root[:, 0]
-        inverse = np.linalg.inv(Xw.T @ Xw + self.RIDGE * np.eye(X.shape[1]))
-        self.weights = inverse @ Xw.T @ yw
-        leverage = np.einsum("ij,jk,ik->i", Xw, inverse, Xw)
-        left_out = (yw - Xw @ self.weights) / (1 - leverage)  # residual of a fit without that row
-        weight = root[:, 0] ** 2
-        mean_without = ((weight * y).sum() - weight * y) / (weight.sum() - weight)
-        self.error = float(np.sqrt((left_out**2).sum() / weight.sum()))
-        self.error_of_mean = float(np.sqrt((weight * (y - mean_without) ** 2).sum() / weight.sum()))
-        return {"error": self.error, "error_of_mean": self.error_of_mean, "observations": len(y)}
+        X = X / self.spread
+        self.inverse = np.linalg.inv(X.T @ (weight[:, None] * X) + self.RIDGE * np.eye(X.shape[1]))
+        self.weights = self.inverse @ X.T @ (weight * y)
+        leverage = weight * np.einsum("nf,fg,ng->n", X, self.inverse, X)
+        left_out = (y - X @ self.weights) / (1 - leverage)  # residual of a fit without that row
+        mean_left_out = y - ((weight * y).sum() - weight * y) / (weight.sum() - weight)
+        error, error_of_mean = (float(np.sqrt(np.average(e**2, weights=weight))) for e in (left_out, mean_left_out))
+        self.error = error
+        return {"error": error, "error_of_mean": error_of_mean, "observations": len(y)}
 
     def predict(self, features):
-        return float(np.asarray(features) / self.spread @ self.weights)
+        """(change of loss, its standard error), the error growing with the change."""
+        x = np.asarray(features) / self.spread
+        return float(x @ self.weights), float(self.error * np.sqrt(x @ self.inverse @ x))
 
 
 class RankController:
     """Moves the ranks of a model's adapters during stage 2.
 
-    observe() after every backward pass gathers, from the gradients that are there anyway,
-      signal-to-noise of each adapter   ‖mean ∂B‖² / mean ‖∂B‖²
-      importance of each component      mean |B_j · ∂B_j|, the first-order change of loss without it
-    event() at 15, 30 and 45 % of the steps masks the weakest components of random groups of
-    modules, measures the held-out loss without them, fits the performance model to it, lets it
-    choose among candidates, and changes the ranks if the predicted gain is above the model's own
-    error. What a change brought is measured at the next event, and learned from, too.
+    observe() gathers from the gradients of each step, which are there anyway,
+      signal-to-noise of an adapter   ‖mean ∂B‖² / mean ‖∂B‖²
+      importance of a component       mean |B_j · ∂B_j|, the first-order change of loss without it
+    event(), at 15, 30 and 45 % of the steps, masks the weaker components of random groups of modules,
+    measures the held-out loss without them, fits the performance model to that, and lets it choose
+    among candidates. Ranks change if its error on measurements left out is below that of their mean
+    (else it abstains), and the predicted gain above the prediction's standard error. What the change
+    brought is measured at the next event, and learned from, too.
     """
 
     EVENTS, WARM_UP = (0.15, 0.30, 0.45), 0.05
-    PROBES, CANDIDATES = 16, 32
+    PROBES, SAMPLES = 12, 8
+    STATE = ("count", "statistics", "last_change", "history")
 
     def __init__(self, model, rank, total_steps, seed=0):
-        self.adapters = adapters(model)
-        self.shape = (-1, len(PROJECTIONS))
+        self.adapters, self.rank, self.seed = adapters(model), rank, seed  # rank: r₀, everywhere at the start
         modules = list(self.adapters.values())
-        self.rank, self.seed = rank, seed  # r₀, everywhere at the start
-        self.costs = np.array([module.cost for module in modules]).reshape(self.shape)
-        self.limits = np.array([module.max_rank for module in modules]).reshape(self.shape)
-        self.budget = int(self.rank * self.costs.sum())
+        self.costs, self.limits = (
+            np.array(values).reshape(-1, len(PROJECTIONS))
+            for values in ([module.cost for module in modules], [module.max_rank for module in modules])
+        )
+        self.budget = int(rank * self.costs.sum())
         self.event_steps = [max(1, round(at * total_steps)) for at in self.EVENTS]
         self.warm_up = round(self.WARM_UP * total_steps)
-        self.predictor = PerformancePredictor()
-        self.last_change = None
+        self.predictor, self.last_change = PerformancePredictor(), None
         self.history = [{"step": 0, "ranks": self.ranks().tolist()}]
         self.clear()
-
-    def ranks(self):
-        """[layers, projections]"""
-        return np.array([module.rank for module in self.adapters.values()]).reshape(self.shape)
-
-    def parameters_used(self):
-        return int((self.ranks() * self.costs).sum())
-
-    STATE = ("count", "mean_grad", "norm", "importance", "last_change", "history")
 
     def state_dict(self):
         return {key: getattr(self, key) for key in self.STATE} | {"observations": self.predictor.observations}
@@ -494,78 +478,92 @@ class RankController:
         for key in self.STATE:
             setattr(self, key, state[key])
         self.predictor.observations = state["observations"]
+        for name, statistics in self.statistics.items():
+            self.statistics[name] = [value.to(self.adapters[name].lora_B.device) for value in statistics]
+
+    def ranks(self):
+        """[layers, projections]"""
+        return np.array([module.rank for module in self.adapters.values()]).reshape(-1, len(PROJECTIONS))
+
+    def parameters_used(self):
+        return int((self.ranks() * self.costs).sum())
 
     def clear(self):
-        self.count, self.mean_grad, self.norm, self.importance = 0, {}, {}, {}
+        self.count, self.statistics = 0, {}
 
     @torch.no_grad()
     def observe(self, step):
-        """After backward and before the optimizer's step; no synchronisation with the device."""
+        """After backward and before the optimizer's step; nothing here waits for the device."""
         if step < self.warm_up or step >= self.event_steps[-1]:
             return
         self.count += 1
         for name, module in self.adapters.items():
-            grad = module.lora_B.grad.float()
-            contribution = (module.lora_B * grad).sum(0).abs()
-            if name not in self.norm:
-                self.mean_grad[name], self.norm[name] = torch.zeros_like(grad), torch.zeros((), device=grad.device)
-                self.importance[name] = torch.zeros_like(contribution)
-            self.mean_grad[name] += grad
-            self.norm[name] += grad.square().sum()
-            self.importance[name] += contribution
+            grad = module.lora_B.grad
+            new = grad, grad.square().sum(), (module.lora_B * grad).sum(0).abs()
+            if name in self.statistics:
+                torch._foreach_add_(self.statistics[name], new)
+            else:
+                self.statistics[name] = [value.clone() for value in new]
 
-    def statistics(self):
-        """(signal-to-noise [layers, projections], {name: importance [r]}) since the last event."""
-        signal = [(self.mean_grad[n].square().sum() / self.norm[n].clamp(min=1e-30) / self.count).item() for n in self.adapters]
-        importance = {name: self.importance[name].cpu() / self.count for name in self.adapters}
-        return np.array(signal).reshape(self.shape).clip(1e-6), importance
+    def describe(self):
+        """Since the last event: (signal-to-noise [layers, projections], {name: importance [r]}, features).
 
-    def describe(self, signal, importance):
-        """What one component of each module is like: features [layers, projections, 5].
-
-        In units of its share of the budget: itself, whether in attention, how deep, the module's
-        signal-to-noise; and the importance of the module's weaker half.
+        features [layers, projections, 5] say what one component of a module is like: its share of the
+        budget, and that times being in attention, times depth, times the module's signal-to-noise; and
+        the importance of the module's weaker half.
         """
-        weaker = [imp.sort().values[: (len(imp) + 1) // 2].mean().item() for imp in importance.values()]
+        signal, weaker, importance = [], [], {}
+        for name, (grad, norm, contribution) in self.statistics.items():
+            signal.append((grad.square().sum() / norm.clamp(min=1e-30) / self.count).item())
+            importance[name] = contribution.cpu() / self.count
+            weaker.append(importance[name].sort().values[: (len(contribution) + 1) // 2].mean().item())
+        signal, weaker = np.clip(signal, 1e-6, 1).reshape(self.costs.shape), np.reshape(weaker, self.costs.shape)
         share = self.costs / self.budget
-        attention = np.array([name.startswith("self_attn") for name in PROJECTIONS], dtype=float)
+        attention = [name.startswith("self_attn") for name in PROJECTIONS]
         depth = np.linspace(-1, 1, len(share))[:, None]
-        return np.stack([share, share * attention, share * depth, share * signal, np.array(weaker).reshape(self.shape)], -1)
+        return signal, importance, np.stack([share, share * attention, share * depth, share * signal, weaker], -1)
 
     def event(self, step, measure, optimizer):
-        """One rank event. measure() is the held-out loss, equal on all processes. Returns a log entry."""
-        signal, importance = self.statistics()
-        features, before = self.describe(signal, importance), self.ranks()
-        number, loss = self.event_steps.index(step), measure()
-        random = np.random.default_rng((self.seed, number))
-        generator = torch.Generator().manual_seed(self.seed + number)
-        if self.last_change is not None:
-            self.learn_from_last_change(number, measure, loss)
-        for _ in range(self.PROBES):
-            # a quarter of the modules, each without the weaker part of its components
-            removed = np.where(random.random(before.shape) < 0.25, np.ceil(before * random.uniform(0.2, 0.6)), 0).astype(int)
-            weakest = {
-                name: imp.argsort(stable=True)[:count]
-                for (name, imp), count in zip(importance.items(), removed.flat)
-            }  # fmt: skip
-            self.predictor.observe(number, np.einsum("lp,lpf->f", removed, features), self.loss_without(weakest, measure) - loss)
-        entry = {"step": step, "budget": self.budget, "held_out_loss": loss, **self.predictor.fit()}
+        """One rank event. measure() is the held-out loss, equal on all processes. Returns its log entry."""
+        number, before, loss = self.event_steps.index(step), self.ranks(), measure()
+        random = np.random.default_rng((self.seed, number))  # nothing random outlives an event
+        signal, importance, features = self.describe()
+        entry = {"step": step, "budget": self.budget, "held_out_loss": loss}
 
-        # the model's favourite; equal on every process, yet process 0 decides for all
-        candidates = self.candidates(signal, before, random)
-        gains = {
-            name: -self.predictor.predict(np.einsum("lp,lpf->f", before - ranks, features))
-            for name, (_, ranks) in candidates.items()
-        }
-        choice = max(gains, key=gains.get)
-        able = entry["error"] < entry["error_of_mean"]
-        decision = [choice if able and gains[choice] > entry["error"] else "stay"]
+        def removing(ranks):
+            """Features [5] of a change that takes away so many components of each module."""
+            return np.einsum("lp,lpf->f", ranks, features).tolist()
+
+        if self.last_change:
+            # the last change's gain: what its new components are worth now, less what shrinking cost then
+            worth = self.loss_without(self.last_change["grown"], measure) - loss
+            entry["realised_gain"] = worth - self.last_change["loss_of_shrinking"]
+            self.predictor.observations.append((number, self.last_change["features"], -entry["realised_gain"]))
+            self.last_change = None
+        for _ in range(self.PROBES):
+            # of a quarter of the modules the weaker part of the components
+            removed = np.ceil(before * random.uniform(0.2, 0.6, before.shape) * (random.random(before.shape) < 0.25)).astype(int)
+            weakest = {name: imp.argsort(stable=True)[:n] for (name, imp), n in zip(importance.items(), removed.flat)}
+            self.predictor.observations.append((number, removing(removed), self.loss_without(weakest, measure) - loss))
+        entry |= self.predictor.fit()
+
+        candidates, margins = self.candidates(signal, before, random), {}
+        for name, (_, ranks) in candidates.items():
+            change, doubt = self.predictor.predict(removing(before - ranks))
+            margins[name] = -change - doubt, -change, doubt
+        favourite = max(margins, key=margins.get)
+        margin, gain, doubt = margins[favourite]
+        abstained = entry["error"] >= entry["error_of_mean"]
+        decision = ["stay" if abstained or margin <= 0 else favourite]
         if dist.is_initialized():
-            dist.broadcast_object_list(decision)
-        entry |= {"choice": decision[0], "favourite": choice, "predicted_gain": gains[choice], "abstained": not able}
+            dist.broadcast_object_list(decision)  # equal on all processes, yet one decides
+        entry |= {"choice": decision[0], "favourite": favourite, "predicted_gain": gain, "doubt": doubt, "abstained": abstained}
         if decision[0] != "stay":
-            self.change(*candidates[decision[0]], importance, features, optimizer, generator)
-            entry["loss_of_shrinking"] = self.last_change["loss_of_shrinking"] = measure() - loss
+            coarse, ranks = candidates[decision[0]]
+            grown = self.change(coarse, ranks, importance, optimizer, torch.Generator().manual_seed(self.seed + number))
+            entry["loss_of_shrinking"] = measure() - loss
+            self.last_change = {"features": removing(before - ranks), "grown": grown}
+            self.last_change["loss_of_shrinking"] = entry["loss_of_shrinking"]
         entry |= {"ranks_before": before.tolist(), "ranks": self.ranks().tolist(), "parameters": self.parameters_used()}
         self.history.append(entry)
         self.clear()
@@ -573,40 +571,32 @@ class RankController:
 
     def candidates(self, signal, before, random):
         """{name: (coarse [layers], ranks [layers, projections])}, all within the budget."""
-        def fit(coarse, targets):
-            return np.maximum(1, np.rint(coarse)).astype(int).ravel(), fit_to_budget(targets, self.costs, self.budget, self.limits)
-
-        uniform = np.full(before.shape, float(self.rank))
         coarse, both = coarse_and_fine(signal, self.rank)
-        found = {
-            "coarse": fit(coarse, coarse * np.ones_like(uniform)),
-            "coarse+fine": fit(coarse, both),
-            "half": fit(np.sqrt(coarse * self.rank), np.sqrt(both * before)),
-            "uniform": fit(uniform[:, 0], uniform),
+        even = np.ones_like(both)
+        targets = {
+            "coarse": (coarse, coarse * even),
+            "coarse+fine": (coarse, both),
+            "half way": (np.sqrt(coarse * self.rank), np.sqrt(both * before)),
+            "uniform": (self.rank * even, self.rank * even),
         }
-        for i in range(self.CANDIDATES - len(found)):  # small random moves away from what is
-            targets = before * np.exp(random.normal(0, 0.3, before.shape))
-            found[f"random {i}"] = fit(targets.mean(1), targets)
-        return found
+        for i in range(self.SAMPLES):  # small random moves away from what is
+            target = before * np.exp(random.normal(0, 0.15, before.shape))
+            targets[f"sample {i}"] = target, target
+        return {
+            name: (np.rint(coarse.mean(1)).clip(1).astype(int), fit_to_budget(target, self.costs, self.budget, self.limits))
+            for name, (coarse, target) in targets.items()
+        }
 
-    def change(self, coarse, ranks, importance, features, optimizer, generator):
-        """Give every module its new rank and carry the optimizer's state over."""
-        before, grown = self.ranks(), {}
-        for (name, module), layer_rank, rank in zip(self.adapters.items(), coarse.repeat(len(PROJECTIONS)), ranks.ravel()):
+    def change(self, coarse, ranks, importance, optimizer, generator):
+        """Give every module its new rank and carry Adam's state over; returns {name: indices of new components}."""
+        grown = {}
+        for (name, module), layer_rank, rank in zip(self.adapters.items(), coarse.repeat(len(PROJECTIONS)), ranks.flat):
             old = module.lora_A, module.lora_B
             kept = module.resize(int(layer_rank), int(rank - layer_rank), importance[name], generator)
             carry_moments(optimizer, old[0], module.lora_A, kept, dim=0)
             carry_moments(optimizer, old[1], module.lora_B, kept, dim=1)
             grown[name] = torch.arange(len(kept), module.rank)
-        self.last_change = {"features": np.einsum("lp,lpf->f", before - ranks, features).tolist(), "grown": grown}
-
-    def learn_from_last_change(self, number, measure, loss):
-        """What the last change brought: what its new components are worth now, less what shrinking cost."""
-        worth = self.loss_without(self.last_change["grown"], measure) - loss
-        change = self.last_change["loss_of_shrinking"] - worth
-        self.history[-1]["realised_gain"] = -change
-        self.predictor.observe(number, self.last_change["features"], change)
-        self.last_change = None
+        return grown
 
     @torch.no_grad()
     def loss_without(self, components, measure):
@@ -734,16 +724,12 @@ class HydraVLM(nn.Module):
 # checkpoints
 
 
-def trained_tensors(model):
-    """{name: tensor} of what training changes: the projector, the adapters, and with full fine-tuning the LLM."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def save_model(folder, model, description):
-    """config.json, readable, and model.safetensors with the trained tensors."""
+    """config.json, readable, and model.safetensors with the trained tensors: what training changes, no more."""
     ranks = {name: [module.coarse_rank, module.fine_rank] for name, module in adapters(model).items()}
     (folder / "config.json").write_text(json.dumps({"format": "hydra", **description, "ranks": ranks}, indent=1))
-    save_file({name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}, folder / "model.safetensors")
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / "model.safetensors")
 
 
 def find_checkpoint(folder):
@@ -804,6 +790,7 @@ def chat(args):
 
     try:
         model, tokenizer, _ = load_checkpoint(args.checkpoint)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         path = Path(args.image)
         pixels = data.image_to_tensor(data.open_image(path.parent, path.name), model.image_size, "pad")
         turn = {"from": "human", "value": "<image>\n" + args.prompt}

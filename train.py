@@ -84,61 +84,68 @@ class Config:
     save_steps: int = flag(500, "steps between checkpoints; the last is always kept")
 
 
-# MobileVLM's recipe, for a global batch on any number of GPUs; tiny's was chosen on held-out loss
+# MobileVLM's recipe, for a global batch on any number of GPUs; tiny's was chosen on held-out loss.
+# A folder or hub id takes 1.7b's.
+PUBLISHED = dict(lora_rank=128, lora_alpha=256.0, lora_dropout=0.05, global_batch_size=128, per_device_train_batch_size=16)
 RECIPES = {
-    ("tiny", 1): dict(global_batch_size=32, per_device_train_batch_size=32, learning_rate=2e-3, max_steps=250),
-    ("tiny", 2): dict(global_batch_size=16, per_device_train_batch_size=16, learning_rate=5e-3, lora_rank=4, lora_alpha=8.0, lora_dropout=0.0),
-    ("1.7b", 1): dict(global_batch_size=256, per_device_train_batch_size=32, learning_rate=1e-3),
-    ("1.7b", 2): dict(global_batch_size=128, per_device_train_batch_size=16, learning_rate=1e-4, lora_rank=128, lora_alpha=256.0, lora_dropout=0.05),
-    ("3b", 1): dict(global_batch_size=256, per_device_train_batch_size=32, learning_rate=1e-3),
-    ("3b", 2): dict(global_batch_size=128, per_device_train_batch_size=16, learning_rate=2e-4, lora_rank=128, lora_alpha=256.0, lora_dropout=0.05),
-}
+    ("tiny", 1): dict(learning_rate=1e-2, global_batch_size=32, per_device_train_batch_size=32),
+    ("tiny", 2): dict(learning_rate=2.5e-3, global_batch_size=16, per_device_train_batch_size=16,
+                      lora_rank=4, lora_alpha=8.0, lora_dropout=0.0),
+    ("1.7b", 1): dict(learning_rate=1e-3, global_batch_size=256, per_device_train_batch_size=32),
+    ("1.7b", 2): dict(learning_rate=1e-4, **PUBLISHED),
+    ("3b", 1): dict(learning_rate=1e-3, global_batch_size=256, per_device_train_batch_size=32),
+    ("3b", 2): dict(learning_rate=2e-4, **PUBLISHED),
+}  # fmt: skip
 FULL_LEARNING_RATE = {"tiny": 1e-3, "1.7b": 2e-5, "3b": 4e-5}
-HUB = {"1.7b": "mtgv/MobileLLaMA-1.4B-Chat", "3b": "mtgv/MobileLLaMA-2.7B-Chat"}
-CLIP_HUB = "openai/clip-vit-large-patch14-336"
+LLAMA = {"1.7b": "mtgv/MobileLLaMA-1.4B-Chat", "3b": "mtgv/MobileLLaMA-2.7B-Chat"}
+CLIP = "openai/clip-vit-large-patch14-336"
+TOY = Path("runs/tiny/world")
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parse_arguments():
+    """Config from the command line, which is made from its fields."""
+    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=50, width=150)
+    parser = Parser(usage="train.py --stage {1,2} [flags]", description=__doc__, formatter_class=wide, allow_abbrev=False)
     for f in fields(Config):
-        options = dict(f.metadata)
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", **options)
-        else:
-            options["help"] += f" (default: {f.default})" if f.default is not None else ""
-            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, **options)
-    config = Config(**vars(parser.parse_args(argv)))
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
+        parser.add_argument(f"--{f.name}", **kind, **f.metadata)
+    config = Config(**vars(parser.parse_args()))
     for f in fields(Config):
-        value = getattr(config, f.name)
-        if f.type in (int, float) and value is not None and (value < 0 or value == 0 and f.type is int and f.name not in ("seed", "num_workers")):
+        value, least = getattr(config, f.name), 0 if f.name in ("seed", "num_workers", "lora_dropout", "warmup_ratio") else 1e-12
+        if f.type in (int, float) and value is not None and not value >= least:
             raise ConfigError(f"--{f.name} {value}: give a positive number")
     return config
 
 
 def complete(config, world_size):
-    """Fill what was left open from the recipe of the model and stage, and check the batch arithmetic."""
-    recipe = RECIPES[config.model if config.model in ("tiny", "3b") else "1.7b", config.stage]
-    size, device, steps = config.global_batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps
-    size = size or (device * steps * world_size if device and steps else recipe["global_batch_size"])
-    if device is None:
-        share = size // (world_size * (steps or 1))
-        device = share if steps else max((d for d in range(1, recipe["per_device_train_batch_size"] + 1) if share % d == 0), default=1)
-    steps = steps or size // (device * world_size)
-    if not device or device * steps * world_size != size:
+    """Fill what was left open from the recipe, and check that the three batch sizes agree."""
+    size = config.model if config.model in ("tiny", "3b") else "1.7b"
+    recipe = dict(RECIPES[size, config.stage])
+    if config.stage == 2 and config.method == "full":
+        recipe["learning_rate"] = FULL_LEARNING_RATE[size]
+    total, each, passes = config.global_batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps
+    total = total or (each * passes * world_size if each and passes else recipe["global_batch_size"])
+    if not each:
+        share, most = total // world_size // (passes or 1), recipe["per_device_train_batch_size"]
+        each = share if passes else max(n for n in range(1, most + 1) if share % n == 0)
+    passes = passes or total // (each * world_size)
+    if each * passes * world_size != total or not total:
         raise ConfigError(
-            f"--per_device_train_batch_size {device} × --gradient_accumulation_steps {steps} × {world_size} processes "
-            f"= {device * steps * world_size}, not --global_batch_size {size}: change one of them"
+            f"--per_device_train_batch_size {each} × --gradient_accumulation_steps {passes} × {world_size} processes "
+            f"= {each * passes * world_size}, not --global_batch_size {total}: change one of them"
         )
-    config.global_batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps = size, device, steps
-    if config.learning_rate is None and config.stage == 2 and config.method == "full":
-        config.learning_rate = FULL_LEARNING_RATE.get(config.model, FULL_LEARNING_RATE["1.7b"])
-    for name, value in recipe.items():
-        if getattr(config, name) is None and not (name == "max_steps" and config.data):
-            setattr(config, name, value)
+    recipe |= dict(global_batch_size=total, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     name = Path(config.model).name
-    config.out = config.out or f"runs/{name}/stage{config.stage}" + (f"-{config.method}" if config.stage == 2 else "")
-    config.stage1 = config.stage1 or f"runs/{name}/stage1"
-    return config
+    recipe["out"] = f"runs/{name}/stage{config.stage}" + (f"-{config.method}" if config.stage == 2 else "")
+    recipe["stage1"] = f"runs/{name}/stage1"
+    for key, value in recipe.items():
+        if getattr(config, key) is None:
+            setattr(config, key, value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,11 +160,12 @@ def set_up_processes():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        is_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if is_gpu else "gloo", device_id=device if is_gpu else None)
     return rank, world_size, device
 
 
-def sum_over_processes(*values, device="cpu"):
+def sum_over_processes(*values, device):
     """Each value (number or tensor) summed over all processes, as floats."""
     total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     if dist.is_initialized():
@@ -173,64 +181,81 @@ def on_first_process(function):
         dist.barrier()
 
 
+def say(text):
+    """Print on the first process, above the progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU; fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 # ---------------------------------------------------------------------------------------------
-# building: model, data
+# schedule and checkpoints
 
 
-def build_model(config, device):
-    """(model, tokenizer) with the adapters of stage 2, the trained parts of stage 1, and the rest frozen."""
-    if config.model == "tiny":
-        world = Path("runs/tiny/world").resolve()
-        on_first_process(partial(data.make_world, world))
-        config.vision_tower = config.vision_tower or str(world / "clip")
-        if config.data is None:
-            config.data, config.images = str(world / ("caption.json" if config.stage == 1 else "instruct.json")), str(world / "images")
-            config.questions = str(world / "questions.jsonl")
-    if config.data is None:
-        raise ConfigError("--data: name the JSON file of records, and --images their folder")
-    stage1 = None
-    if config.stage == 2:
-        stage1 = hydra.find_checkpoint(config.stage1)
-        if stage1 is None:
-            raise ConfigError(f"--stage 2: no checkpoint in {config.stage1}; first run: torchrun train.py --stage 1 --model {config.model}")
-    torch.manual_seed(config.seed)
-    # frozen weights in bf16 where the hardware is made for it, trained ones always in fp32
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
-    full = config.stage == 2 and config.method == "full"
-    source = world / "llm" if config.model == "tiny" else HUB.get(config.model, config.model)
-    llm, tokenizer = hydra.load_mobilellama(source, torch.float32 if full else frozen)
-    clip = hydra.load_clip(config.vision_tower or CLIP_HUB, frozen)
-    projector = hydra.build_projector(config.projector_type, clip.clip.config.hidden_size, llm.config.hidden_size)
-    model = hydra.HydraVLM(clip, projector, llm).to(device)
-    if config.stage == 2 and config.method != "full":
-        scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
-        hydra.inject_adapters(llm, config.lora_rank, scale, config.lora_dropout)
-    if stage1:
-        say(f"starting from stage 1's projector: {stage1}")
-        saved = hydra.read_config(stage1)
-        if saved["stage"] != 1 or saved["projector"] != config.projector_type:
-            raise ConfigError(f"--stage1 {stage1}: holds stage {saved['stage']} with projector {saved['projector']}, not stage 1 with {config.projector_type}")
-        hydra.restore(model, stage1, saved)
-    hydra.freeze(model, config.stage, config.method)
-    if config.gradient_checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, tokenizer
+def schedule(step, total_steps, warmup_ratio):
+    """Learning-rate factor of a step: linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(warmup_ratio * total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def split_held_out(records, probes):
-    """(train, probe, validation): 5 % held out, spread over the file, at most 256 + probes.
+def save_checkpoint(out, model, optimizer, controller, step, description):
+    """checkpoint-STEP with the model and all that the loop needs; older ones go once it is whole."""
+    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    states = [own]
+    if dist.is_initialized():
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, own)
 
-    The rank method measures on the probe records; what is reported comes from the validation
-    records, which no decision has seen.
-    """
-    count = min(len(records) // 20, 256 + probes)
-    if count < 2:
-        raise ConfigError(f"--data: {len(records)} records are too few to hold some out; give at least 40")
-    every = len(records) // count
-    held = [record for i, record in enumerate(records) if i % every == every - 1][:count]
-    held_ids = set(map(id, held))
-    probes = min(probes, count // 3 + 1)
-    return [record for record in records if id(record) not in held_ids], held[:probes], held[probes:]
+    def write():
+        temporary = out / ".unfinished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        hydra.save_model(temporary, model, {**description, "step": step})
+        trainer = {"step": step, "optimizer": optimizer.state_dict(), "random": states}
+        if controller:
+            trainer["controller"] = controller.state_dict()
+        torch.save(trainer, temporary / "trainer.pt")
+        final = out / f"checkpoint-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in out.glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+
+    on_first_process(write)
+
+
+def load_trainer_state(checkpoint, optimizer, controller, rank):
+    """Put the loop's state back; returns the step to go on from."""
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds
+        raise ConfigError(f"--resume: {checkpoint / 'trainer.pt'} cannot be read ({str(error).splitlines()[0]})") from None
+    optimizer.load_state_dict(state["optimizer"])
+    if controller:
+        controller.load_state_dict(state["controller"])
+    if rank < len(state["random"]):  # with more processes than before, the new ones keep their seed
+        torch.set_rng_state(state["random"][rank]["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"][rank]["cuda"])
+    return state["step"]
+
+
+def describe(config, model):
+    """What a checkpoint says about itself: enough to rebuild the model, and the run's flags."""
+    scales = {adapter.scale for adapter in hydra.adapters(model).values()}
+    return {
+        "stage": config.stage, "method": config.method if config.stage == 2 else None,
+        "model": model.llm.name_or_path, "vision_tower": model.clip.clip.name_or_path, "projector": config.projector_type,
+        "scale": max(scales, default=None), "dropout": config.lora_dropout, "run": asdict(config),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,181 +308,99 @@ def kind_of(question):
 
 
 def blind_answers(records, questions):
-    """The answers to give without seeing the image: the most frequent one of the training records to
-    the same question, else to questions with the same first two words, else to any."""
+    """[(question, answer)] without seeing the images: the most frequent answer in the training records to
+    the same question, else to those with the same first two words, else to any."""
     counts = defaultdict(Counter)
+
+    def keys(text):
+        text = text.replace("<image>", "").strip().split("\n")[0]
+        return text, tuple(text.split()[:2]), None
+
     for record in records:
-        turns = record["conversations"]
-        for human, gpt in zip(turns, turns[1:]):
+        for human, gpt in zip(record["conversations"], record["conversations"][1:]):
             if human["from"] == "human":
-                text = human["value"].replace("<image>", "").strip().split("\n")[0]
-                for key in (text, tuple(text.split()[:2]), None):
+                for key in keys(human["value"]):
                     counts[key][gpt["value"].strip()] += 1
-    best = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
-    keys = [(question["text"].split("\n")[0], tuple(question["text"].split()[:2])) for question in questions]
-    return [best.get(text) or best.get(start) or best[None] for text, start in keys]
+    known = [next(key for key in keys(question["text"]) if key in counts) for question in questions]
+    return [(question, counts[key].most_common(1)[0][0]) for question, key in zip(questions, known)]
 
 
-def accuracy(answered, kinds, device):
+def accuracy(answered):
     """{kind: share of right answers} over all processes, and "all"."""
-    right = Counter(kind_of(question) for question, text in answered if data.is_correct(text, question["label"]))
-    total = Counter(kind_of(question) for question, _ in answered)
-    right = sum_over_processes(*[right[kind] for kind in kinds], device=device)
-    total = sum_over_processes(*[total[kind] for kind in kinds], device=device)
-    return {kind: r / t for kind, r, t in zip(kinds, right, total)} | {"all": sum(right) / sum(total)}
+    right, total = Counter(), Counter()
+    for question, text in answered:
+        total[kind_of(question)] += 1
+        right[kind_of(question)] += data.is_correct(text, question["label"])
+    shares = [(right, total)]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, (right, total))
+    right, total = (sum(counters, Counter()) for counters in zip(*shares))
+    return {kind: right[kind] / total[kind] for kind in sorted(total)} | {"all": right.total() / total.total()}
 
 
 # ---------------------------------------------------------------------------------------------
-# checkpoints, log, picture
+# building: model and data
 
 
-def save_checkpoint(out, model, optimizer, controller, step, description):
-    """checkpoint-STEP with the model and all that the loop needs; older ones go once it is whole."""
-    states = [torch.get_rng_state()]
-    if dist.is_initialized():
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, torch.get_rng_state())
+def build_model(config, device):
+    """(model, tokenizer): stage 1's projector and new adapters for stage 2, all but what trains frozen."""
+    if config.model == "tiny":
+        on_first_process(partial(data.make_world, TOY))
+        config.vision_tower = config.vision_tower or str(TOY.resolve() / "clip")
+        if config.data is None:
+            config.data, config.images = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json")), str(TOY / "images")
+            config.questions = str(TOY / "questions.jsonl")
+    if config.data is None:
+        raise ConfigError("--data: name the JSON file of records, and --images their folder")
+    stage1 = hydra.find_checkpoint(config.stage1) if config.stage == 2 else None
+    if config.stage == 2 and stage1 is None:
+        raise ConfigError(f"--stage 2: no checkpoint in {config.stage1}; first run: torchrun train.py --stage 1 --model {config.model}")
 
-    def write():
-        temporary = out / ".unfinished"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        hydra.save_model(temporary, model, {**description, "step": step})
-        trainer = {"step": step, "optimizer": optimizer.state_dict(), "random": states}
-        if controller:
-            trainer["controller"] = controller.state_dict()
-        torch.save(trainer, temporary / "trainer.pt")
-        final = out / f"checkpoint-{step}"
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in out.glob("checkpoint-*"):
-            if old != final:
-                shutil.rmtree(old)
-
-    on_first_process(write)
-
-
-def load_trainer_state(checkpoint, optimizer, controller, rank):
-    """Put the loop's state back; returns the step to go on from."""
-    try:
-        state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-    except Exception as error:  # the unpickler raises many kinds
-        raise ConfigError(f"--resume: {checkpoint / 'trainer.pt'} cannot be read ({str(error).splitlines()[0]})") from None
-    optimizer.load_state_dict(state["optimizer"])
-    if controller:
-        controller.load_state_dict(state["controller"])
-    if rank < len(state["random"]):
-        torch.set_rng_state(state["random"][rank])
-    return state["step"]
-
-
-def say(text):
-    """Print on the first process, above the progress bar."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    torch.manual_seed(config.seed)
+    source = str(TOY.resolve() / "llm") if config.model == "tiny" else LLAMA.get(config.model, config.model)
+    # frozen weights in bf16 where the hardware is made for it, trained ones always in fp32
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    llm, tokenizer = hydra.load_mobilellama(source, torch.float32 if config.method == "full" else frozen)
+    clip = hydra.load_clip(config.vision_tower or CLIP, frozen)
+    projector = hydra.build_projector(config.projector_type, clip.clip.config.hidden_size, llm.config.hidden_size)
+    model = hydra.HydraVLM(clip, projector, llm).to(device)
+    if config.stage == 2 and config.method != "full":
+        scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
+        hydra.inject_adapters(llm, config.lora_rank, scale, config.lora_dropout)
+    if stage1:
+        say(f"starting from stage 1's projector: {stage1}")
+        saved = hydra.read_config(stage1)
+        if (saved["stage"], saved["projector"]) != (1, config.projector_type):
+            raise ConfigError(
+                f"--stage1 {stage1}: holds stage {saved['stage']} with projector {saved['projector']}, "
+                f"not stage 1 with {config.projector_type}"
+            )
+        hydra.restore(model, stage1, saved)
+    hydra.freeze(model, config.stage, config.method)
+    if config.gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
 
 
-def autocast(device):
-    """bf16 matrix products on a GPU; fp32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def split_held_out(records, probes):
+    """(train, probe, validation): 5 % held out, spread over the file, at most 256 + probes.
 
-
-def draw_ranks(history, path):
-    """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
-    cell, margin, top = 46, 46, 74
-    names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
-    layers, start = len(history[0]["ranks"]), history[0]["ranks"][0][0]
-    panel = margin + cell * len(names) + 14
-    image = Image.new("RGB", (panel * len(history) + 14, top + cell * layers + 50), "white")
-    draw = ImageDraw.Draw(image)
-    text = partial(draw.text, fill="black")
-    for p, entry in enumerate(history):
-        left = p * panel + margin
-        text((left, 8), f"step {entry['step']}: " + ("start" if p == 0 else entry["choice"]), font=ImageFont.load_default(17))
-        if p:
-            text((left, 30), f"held-out loss {entry['held_out_loss']:.3f}, {entry['parameters']:,} parameters", font=ImageFont.load_default(12))
-        for column, name in enumerate(names):
-            text((left + column * cell + cell / 2, top - 12), name, anchor="mm", font=ImageFont.load_default(13))
-        for row, ranks in enumerate(entry["ranks"]):
-            text((left - 8, top + row * cell + cell / 2), str(row), anchor="rm", font=ImageFont.load_default(13))
-            for column, rank in enumerate(ranks):
-                # white: the rank all started with; blue: more; orange: less
-                amount = max(-1.0, min(1.0, math.log2(rank / start)))
-                color = (255, int(255 + 105 * amount), int(255 + 225 * amount)) if amount < 0 else (int(255 - 205 * amount), int(255 - 125 * amount), 255)
-                x, y = left + column * cell, top + row * cell
-                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color, outline=(190, 190, 190))
-                text((x + cell / 2 - 1, y + cell / 2 - 1), str(rank), anchor="mm", font=ImageFont.load_default(15))
-    text((margin, top + cell * layers + 14), f"rank of each adapter; rows are layers; blue: above the start's {start}, orange: below", font=ImageFont.load_default(13))
-    image.save(path)
-
-
-class Log:
-    """log.jsonl, one object a line; a resumed run drops the lines past its checkpoint first."""
-
-    def __init__(self, path, first, active):
-        self.path, self.active = path, active
-        if active and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first]
-            path.write_text("".join(line + "\n" for line in kept if first))
-
-    def __call__(self, entry):
-        if self.active:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-def describe(config, model):
-    """What a checkpoint says about itself: enough to rebuild the model, and the run's flags."""
-    scales = {adapter.scale for adapter in hydra.adapters(model).values()}
-    return {
-        "stage": config.stage, "method": config.method if config.stage == 2 else None,
-        "model": model.llm.name_or_path, "vision_tower": model.clip.clip.name_or_path, "projector": config.projector_type,
-        "scale": max(scales, default=None), "dropout": config.lora_dropout, "run": asdict(config),
-    }  # fmt: skip
-
-
-def describe_event(entry):
-    """One rank event in words, with the ranks of each layer before and after."""
-    text = (
-        f"rank event at step {entry['step']}: {entry['choice']}"
-        + (" (the model abstains)" if entry["abstained"] else f" (favourite {entry['favourite']}, predicted gain {entry['predicted_gain']:.4f})")
-        + f"; its error {entry['error']:.4f}, of the mean {entry['error_of_mean']:.4f}, on {entry['observations']} left-out measurements"
-        + f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
-    )
-    if entry["choice"] != "stay":
-        for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
-            text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
-    return text
-
-
-def summarize(config, before, after, blind, seconds, event_seconds, total_seconds):
-    """The end of a run: what it reached, what it cost, what to do next."""
-    change = 1 - after["held_out_loss"] / before["held_out_loss"]
-    lines = [f"held-out loss {before['held_out_loss']:.3f} -> {after['held_out_loss']:.3f} ({-100 * change:+.0f} %)"]
-    if blind:
-        lines += [f"{'accuracy':14}{'model':>8}{'no image':>10}"]
-        lines += [f"{kind:14}{share:8.2f}{blind[kind]:10.2f}" for kind, share in after["accuracy"].items()]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s, rank events {100 * event_seconds / seconds:.1f} % of training; peak memory {memory:.1f} GB"]
-    lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method == "hydra" else "")]
-    if config.stage == 1:
-        lines += [f"next: torchrun train.py --stage 2 --model {config.model}"]
-    else:
-        lines += [f'next: python hydra.py chat {config.out} --image FILE --prompt "..."']
-    say("\n".join(lines))
+    The rank method measures on the probe records; what is reported comes from the validation
+    records, which no decision has seen.
+    """
+    count = min(len(records) // 20, 256 + probes)
+    if count < 2:
+        raise ConfigError(f"--data: {len(records)} records are too few to hold some out; give at least 40")
+    every = len(records) // count
+    held = [record for i, record in enumerate(records) if i % every == every - 1][:count]
+    held_ids = set(map(id, held))
+    probes = min(probes, count // 3 + 1)
+    return [record for record in records if id(record) not in held_ids], held[:probes], held[probes:]
 
 
 # ---------------------------------------------------------------------------------------------
 # the run
-
-
-def schedule(step, total_steps, warmup_ratio):
-    """Learning-rate factor of a step: linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(warmup_ratio * total_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
 def main():
@@ -479,7 +422,9 @@ def main():
                 raise ConfigError(f"--resume: {checkpoint} has {key} {saved.get(key)}, this run {value}; use the same flags")
         hydra.restore(model, checkpoint, saved)
     records = data.read_records(config.data, config.images)
-    train, probe, validation = split_held_out(records, 48 if config.model == "tiny" else 128)
+    if config.stage == 1 and not all("image" in record for record in records):
+        raise ConfigError(f"--data {config.data}: has records without an image; stage 1 trains on captions of images")
+    train, probe, validation = split_held_out(records, 32 if config.model == "tiny" else 128)
     samples = partial(
         data.ConversationDataset, images=config.images, tokenizer=tokenizer, template="plain" if config.stage == 1 else "v1",
         image_size=model.image_size, image_tokens=model.image_tokens, context_length=model.llm.config.max_position_embeddings,
@@ -506,8 +451,10 @@ def main():
 
     # what trains, and the state to go on from
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
-    controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed) if config.stage == 2 and config.method == "hydra" else None
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    controller = None
+    if config.stage == 2 and config.method == "hydra":
+        controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed)
     torch.manual_seed(config.seed + 1000 * rank)  # dropout differs between processes
     first = load_trainer_state(checkpoint, optimizer, controller, rank) if checkpoint else 0
     say(hydra.parameter_table(model))
@@ -517,7 +464,15 @@ def main():
         f"{len(train):,} records, {held_out}; {total_steps} steps -> {out}"
     )
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl", first, active=rank == 0)
+    log_file = out / "log.jsonl"
+    if rank == 0:  # a resumed run writes again what came after its checkpoint
+        lines = log_file.read_text().splitlines() if first else []
+        log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first))
+
+    def log(entry):
+        if rank == 0:
+            with open(log_file, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def evaluate(step, asked):
         """Held-out loss, accuracy on the questions asked, and a few samples; printed, logged, returned."""
@@ -525,11 +480,11 @@ def main():
         say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
         if asked:
             answered = answer(model, tokenizer, asked, config.images, rank, world_size, device)
-            entry["accuracy"] = accuracy(answered, sorted(set(map(kind_of, asked))), device)
+            entry["accuracy"] = accuracy(answered)
             say("    accuracy: " + ", ".join(f"{kind} {share:.2f}" for kind, share in entry["accuracy"].items()))
             for question, text in answered[:3]:
                 say(f"    {question['image']}: {question['text'].splitlines()[0]} -> {text} (right: {question['label']})")
-        elif config.stage == 1 and step:
+        elif config.stage == 1 and step and rank == 0:
             for text in captions(model, tokenizer, validation[0], device):
                 say(f"    caption: {text}")
         log(entry)
@@ -543,7 +498,7 @@ def main():
         samples(train), batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
         collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda",
     ))  # fmt: skip
-    before = evaluate(first, [])
+    before = evaluate(0, []) if not first else json.loads(lines[0])
     ddp = wrap()
     model.train()
     loss_sum = target_count = torch.zeros((), device=device)
@@ -596,21 +551,85 @@ def main():
             log({"step": done, "loss": loss / max(targets, 1), "lr": rate, "tokens_per_s": round(speed)})
             loss_sum, target_count, tokens, since = torch.zeros_like(loss_sum), torch.zeros_like(target_count), 0, now
         if done % eval_steps == 0 and done < total_steps:
-            evaluate(done, questions[:: max(1, len(questions) // 120)])
+            evaluate(done, questions[:120])
         if done % config.save_steps == 0 or done == total_steps:
             save_checkpoint(out, model, optimizer, controller, done, description)
     bar.close()
     seconds = time.time() - started
 
     after = evaluate(total_steps, questions)
-    blind = blind_answers(train, questions) if questions else []
-    blind = accuracy(list(zip(questions, blind)), sorted(set(map(kind_of, questions))), None) if questions else {}
+    blind = accuracy(blind_answers(train, questions)) if questions else {}
     if rank == 0:
         if controller:
             draw_ranks(controller.history, out / "ranks.png")
         summarize(config, before, after, blind, seconds, event_seconds, time.time() - begun)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# reports: a rank event, the picture of the ranks, the summary
+
+
+def draw_ranks(history, path):
+    """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
+    cell, margin, top = 46, 46, 74
+    names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
+    layers, start = len(history[0]["ranks"]), history[0]["ranks"][0][0]
+    panel = margin + cell * len(names) + 14
+    image = Image.new("RGB", (panel * len(history) + 14, top + cell * layers + 50), "white")
+    draw = ImageDraw.Draw(image)
+    text = partial(draw.text, fill="black")
+    for p, entry in enumerate(history):
+        left = p * panel + margin
+        text((left, 8), f"step {entry['step']}: " + ("start" if p == 0 else entry["choice"]), font=ImageFont.load_default(17))
+        if p:
+            text((left, 30), f"held-out loss {entry['held_out_loss']:.3f}, {entry['parameters']:,} parameters", font=ImageFont.load_default(12))
+        for column, name in enumerate(names):
+            text((left + column * cell + cell / 2, top - 12), name, anchor="mm", font=ImageFont.load_default(13))
+        for row, ranks in enumerate(entry["ranks"]):
+            text((left - 8, top + row * cell + cell / 2), str(row), anchor="rm", font=ImageFont.load_default(13))
+            for column, rank in enumerate(ranks):
+                # white: the rank all started with; blue: more; orange: less
+                amount = max(-1.0, min(1.0, math.log2(rank / start)))
+                color = (255, int(255 + 105 * amount), int(255 + 225 * amount)) if amount < 0 else (int(255 - 205 * amount), int(255 - 125 * amount), 255)
+                x, y = left + column * cell, top + row * cell
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color, outline=(190, 190, 190))
+                text((x + cell / 2 - 1, y + cell / 2 - 1), str(rank), anchor="mm", font=ImageFont.load_default(15))
+    text((margin, top + cell * layers + 14), f"rank of each adapter; rows are layers; blue: above the start's {start}, orange: below", font=ImageFont.load_default(13))
+    image.save(path)
+
+
+def describe_event(entry):
+    """One rank event in words, with the ranks of each layer before and after."""
+    text = (
+        f"rank event at step {entry['step']}: {entry['choice']}"
+        + (" (the model abstains)" if entry["abstained"] else f" (favourite {entry['favourite']}, predicted gain {entry['predicted_gain']:.4f} ± {entry['doubt']:.4f})")
+        + f"; its error {entry['error']:.4f}, of the mean {entry['error_of_mean']:.4f}, on {entry['observations']} left-out measurements"
+        + (f"; the last change brought {entry['realised_gain']:+.4f}" if "realised_gain" in entry else "")
+        + f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
+    )
+    if entry["choice"] != "stay":
+        for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
+            text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
+    return text
+
+
+def summarize(config, before, after, blind, seconds, event_seconds, total_seconds):
+    """The end of a run: what it reached, what it cost, what to do next."""
+    change = 1 - after["held_out_loss"] / before["held_out_loss"]
+    lines = [f"held-out loss {before['held_out_loss']:.3f} -> {after['held_out_loss']:.3f} ({-100 * change:+.0f} %)"]
+    if blind:
+        lines += [f"{'accuracy':14}{'model':>8}{'no image':>10}"]
+        lines += [f"{kind:14}{share:8.2f}{blind[kind]:10.2f}" for kind, share in after["accuracy"].items()]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s, rank events {100 * event_seconds / seconds:.1f} % of training; peak memory {memory:.1f} GB"]
+    lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method == "hydra" else "")]
+    if config.stage == 1:
+        lines += [f"next: torchrun train.py --stage 2 --model {config.model}"]
+    else:
+        lines += [f'next: python hydra.py chat {config.out} --image FILE --prompt "..."']
+    say("\n".join(lines))
 
 
 if __name__ == "__main__":
