@@ -417,12 +417,12 @@ class PerformancePredictor:
     RIDGE, FORGET = 1.0, 0.5
 
     def __init__(self):
-        self.observations = []  # (event, features, measured change of loss)
+        self.observations = []  # (event, weight, features, measured change of loss)
 
     def fit(self):
         """Fit; returns {"error", "error_of_mean", "observations"}: root mean squares, each row left out in turn."""
-        events, X, y = (np.array(column, dtype=float) for column in zip(*self.observations))
-        weight = self.FORGET ** (events.max() - events)
+        events, weight, X, y = (np.array(column, dtype=float) for column in zip(*self.observations))
+        weight = weight * self.FORGET ** (events.max() - events)
         self.spread = np.sqrt((X**2).mean(0)) + 1e-12
         X = X / self.spread
         self.inverse = np.linalg.inv(X.T @ (weight[:, None] * X) + self.RIDGE * np.eye(X.shape[1]))
@@ -538,13 +538,14 @@ class RankController:
             # the last change's gain: what its new components are worth now, less what shrinking cost then
             worth = self.loss_without(self.last_change["grown"], measure) - loss
             entry["realised_gain"] = worth - self.last_change["loss_of_shrinking"]
-            self.predictor.observations.append((number, self.last_change["features"], -entry["realised_gain"]))
+            # one change that was made tells as much as all probes of an event
+            self.predictor.observations.append((number, self.PROBES, self.last_change["features"], -entry["realised_gain"]))
             self.last_change = None
         for _ in range(self.PROBES):
             # of a quarter of the modules the weaker part of the components
             removed = np.ceil(before * random.uniform(0.2, 0.6, before.shape) * (random.random(before.shape) < 0.25)).astype(int)
             weakest = {name: imp.argsort(stable=True)[:n] for (name, imp), n in zip(importance.items(), removed.flat)}
-            self.predictor.observations.append((number, removing(removed), self.loss_without(weakest, measure) - loss))
+            self.predictor.observations.append((number, 1, removing(removed), self.loss_without(weakest, measure) - loss))
         entry |= self.predictor.fit()
 
         candidates, margins = self.candidates(signal, before, random), {}

@@ -311,8 +311,8 @@ def test_predictor_learns_what_is_there_and_doubts_what_is_not():
     learnable, noise = hydra.PerformancePredictor(), hydra.PerformancePredictor()
     for _ in range(40):
         x = rng.normal(size=5)
-        learnable.observations.append((0, x, x @ truth + 0.01 * rng.normal()))
-        noise.observations.append((0, x, rng.normal()))
+        learnable.observations.append((0, 1, x, x @ truth + 0.01 * rng.normal()))
+        noise.observations.append((0, 1, x, rng.normal()))
     good, bad = learnable.fit(), noise.fit()
     assert good["error"] < 0.2 * good["error_of_mean"]
     assert bad["error"] > 0.9 * bad["error_of_mean"]
@@ -325,13 +325,13 @@ def test_predictor_learns_what_is_there_and_doubts_what_is_not():
 
 def test_predictor_error_is_that_of_refitting_without_each_row():
     rng = np.random.default_rng(1)
-    rows = [(i // 6, rng.normal(size=5), rng.normal()) for i in range(12)]
+    rows = [(i // 6, 1 + i % 3, rng.normal(size=5), rng.normal()) for i in range(12)]
     predictor = hydra.PerformancePredictor()
     predictor.observations = rows
     error = predictor.fit()["error"]
     # the direct way, with the scale of the features as fitted on all rows
-    spread, weight = predictor.spread, np.array([predictor.FORGET ** (1 - event) for event, _, _ in rows])
-    X, y = np.array([x for _, x, _ in rows]) / spread, np.array([change for _, _, change in rows])
+    spread, weight = predictor.spread, np.array([w * predictor.FORGET ** (1 - event) for event, w, _, _ in rows])
+    X, y = np.array([x for _, _, x, _ in rows]) / spread, np.array([change for *_, change in rows])
     errors = []
     for i in range(12):
         rest = np.arange(12) != i

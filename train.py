@@ -424,7 +424,7 @@ def main():
     records = data.read_records(config.data, config.images)
     if config.stage == 1 and not all("image" in record for record in records):
         raise ConfigError(f"--data {config.data}: has records without an image; stage 1 trains on captions of images")
-    train, probe, validation = split_held_out(records, 32 if config.model == "tiny" else 128)
+    train, probe, validation = split_held_out(records, max(32, config.global_batch_size))
     samples = partial(
         data.ConversationDataset, images=config.images, tokenizer=tokenizer, template="plain" if config.stage == 1 else "v1",
         image_size=model.image_size, image_tokens=model.image_tokens, context_length=model.llm.config.max_position_embeddings,
