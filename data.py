@@ -315,6 +315,26 @@ def sample_scene(rng):
     return scene
 
 
+def near_twin(scene, rng):
+    """The scene with one object changed: told apart from it, CLIP has to look at every object."""
+    twin, used = dict(scene), [name for name, _ in scene.values()]
+    cell, (name, color) = rng.choice(sorted(scene.items()))
+
+    def other(options, than):
+        return rng.choice([option for option in options if option not in than])
+
+    change = rng.choice(("place", "name", "color"))
+    if change == "place":
+        twin[other(range(GRID * GRID), scene)] = twin.pop(cell)
+    elif not color:
+        twin[cell] = other(LETTERS, used), None
+    elif change == "name" and len(used) <= len(SHAPES):
+        twin[cell] = other(SHAPES, used), color
+    else:
+        twin[cell] = name, other(COLORS, [color])
+    return twin
+
+
 def draw_scene(scene, rng):
     """The scene as a 48 x 48 picture; objects sit up to two pixels off the middle of their cell."""
     image = Image.new("RGB", (GRID * CELL, GRID * CELL), (120, 120, 120))
@@ -505,7 +525,7 @@ def train_llm(folder, tokenizer, steps=600, batch_size=32, seed=0):
 
 
 def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
-    """A CLIP trained on pairs of a picture and its caption in reading order; the vision tower is kept."""
+    """A CLIP trained on pictures and their captions in reading order; its vision tower is kept."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -521,7 +541,8 @@ def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     for step in tqdm(range(steps), "CLIP", disable=None):
-        scenes = [sample_scene(rng) for _ in range(batch_size)]
+        scenes = [sample_scene(rng) for _ in range(batch_size // 2)]
+        scenes += [near_twin(scene, rng) for scene in scenes]
         pixels = torch.stack([image_to_tensor(draw_scene(scene, rng), GRID * CELL, "crop") for scene in scenes])
         # CLIP reads a caption at its end token. <s> serves: transformers looks for 2, our </s>, elsewhere
         texts = [tokenizer(", ".join(scene_facts(scene))).input_ids + [1] for scene in scenes]
