@@ -464,10 +464,17 @@ def train_tokenizer(folder):
     return tokenizer
 
 
-def warmup_cosine(step, steps, warmup=0.05):
-    """Learning-rate factor: linear warm-up, then a cosine to zero."""
-    position = (step + 1) / steps
-    return min(position / warmup, 0.5 * (1 + np.cos(np.pi * max(0, position - warmup) / (1 - warmup))))
+def fit(model, loss_of_a_batch, steps, rate, name):
+    """Train a backbone from scratch."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
+    for _ in tqdm(range(steps), name, disable=None):
+        loss = loss_of_a_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
 
 
 def text_row(tokenizer, rng):
@@ -501,26 +508,23 @@ def chat_row(tokenizer, rng):
 
 
 def train_llm(folder, tokenizer, steps=600, batch_size=32, seed=0):
-    """A LLaMA that has read scenes as words: their captions, and terse notes about them."""
+    """A LLaMA that has read scenes as words and chat without scenes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    config = LlamaConfig(
+    llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, rms_norm_eps=1e-6, tie_word_embeddings=False, pad_token_id=0, initializer_range=0.08,  # not 0.02: learns twice as fast at this width
-    )  # fmt: skip
-    llm = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(llm.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    for step in tqdm(range(steps), "LLaMA", disable=None):
-        batch = collate([chat_row(tokenizer, rng) if step % 8 == 7 else text_row(tokenizer, rng) for _ in range(batch_size)])
-        loss = llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        max_position_embeddings=512, rms_norm_eps=1e-6, pad_token_id=0,
+        initializer_range=0.08,  # not 0.02: learns twice as fast at this width
+    ))  # fmt: skip
+
+    def loss():
+        row = chat_row if rng.random() < 1 / 8 else text_row
+        batch = collate([row(tokenizer, rng) for _ in range(batch_size)])
+        return llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+    fit(llm, loss, steps, 2e-3, "LLaMA")
     llm.save_pretrained(folder)
 
 
@@ -530,28 +534,23 @@ def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    config = CLIPConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=40, bos_token_id=1, eos_token_id=1, pad_token_id=0),
-        vision_config=dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-                           image_size=GRID * CELL, patch_size=8),
+    # CLIP reads a caption at its end token: <s> (1) serves, since transformers takes the id 2 for an old mistake
+    size = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4)
+    clip = CLIPModel(CLIPConfig(
+        text_config=dict(size, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40, eos_token_id=1),
+        vision_config=dict(size, num_hidden_layers=3, image_size=GRID * CELL, patch_size=8),
         projection_dim=96,
-    )  # fmt: skip
-    clip = CLIPModel(config).train()
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    for step in tqdm(range(steps), "CLIP", disable=None):
+    ))  # fmt: skip
+
+    def loss():
         scenes = [sample_scene(rng) for _ in range(batch_size // 2)]
         scenes += [near_twin(scene, rng) for scene in scenes]
-        pixels = torch.stack([image_to_tensor(draw_scene(scene, rng), GRID * CELL, "crop") for scene in scenes])
-        # CLIP reads a caption at its end token. <s> serves: transformers looks for 2, our </s>, elsewhere
         texts = [tokenizer(", ".join(scene_facts(scene))).input_ids + [1] for scene in scenes]
-        texts = collate([{"input_ids": text, "labels": text, "pixel_values": None} for text in texts])
-        output = clip(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"], pixel_values=pixels, return_loss=True)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        schedule.step()
+        pixels = [image_to_tensor(draw_scene(scene, rng), GRID * CELL, "crop") for scene in scenes]
+        batch = collate([{"input_ids": t, "labels": t, "pixel_values": p} for t, p in zip(texts, pixels)])
+        return clip(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], return_loss=True).loss
+
+    fit(clip, loss, steps, 1e-3, "CLIP")
     clip.vision_model.save_pretrained(folder)
 
 
@@ -577,16 +576,10 @@ def show(args):
         targets = sum(label != IGNORE for label in labels)
         print(f"{record.get('id', 'no id')} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
         text = ""
-        for masked, run in groupby(zip(input_ids, labels), key=lambda pair: pair[1] == IGNORE):
-            piece = "".join(decode_run(tokenizer, [token for token, _ in run]))
+        for (masked, is_image), run in groupby(zip(input_ids, labels), lambda pair: (pair[1] == IGNORE, pair[0] == IMAGE_TOKEN)):
+            piece = "<image>" if is_image else tokenizer.decode([token for token, _ in run])
             text += f"[{piece}]" if masked else piece
         print("   " + text.replace("\n", "\\n"))
-
-
-def decode_run(tokenizer, ids):
-    """Text of ids, among which the image may stand."""
-    for is_image, run in groupby(ids, key=lambda token: token == IMAGE_TOKEN):
-        yield "<image>" if is_image else tokenizer.decode(list(run))
 
 
 if __name__ == "__main__":

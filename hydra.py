@@ -765,6 +765,8 @@ def restore(model, folder, config):
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             raise HydraError(f"{folder}: {name} {list(tensor.shape)} does not fit this model; use the model it names")
+    if missing := [name for name in own if name.startswith("projector.") and name not in state]:
+        raise HydraError(f"{folder}: lacks {missing[0]}; use a whole checkpoint")
     model.load_state_dict(state, strict=False)
 
 

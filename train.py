@@ -88,7 +88,7 @@ class Config:
 # A folder or hub id takes 1.7b's.
 PUBLISHED = dict(lora_rank=128, lora_alpha=256.0, lora_dropout=0.05, global_batch_size=128, per_device_train_batch_size=16)
 RECIPES = {
-    ("tiny", 1): dict(learning_rate=1e-2, global_batch_size=32, per_device_train_batch_size=32),
+    ("tiny", 1): dict(learning_rate=7e-3, global_batch_size=16, per_device_train_batch_size=16),
     ("tiny", 2): dict(learning_rate=2.5e-3, global_batch_size=16, per_device_train_batch_size=16,
                       lora_rank=4, lora_alpha=8.0, lora_dropout=0.0),
     ("1.7b", 1): dict(learning_rate=1e-3, global_batch_size=256, per_device_train_batch_size=32),
@@ -576,27 +576,28 @@ def draw_ranks(history, path):
     cell, margin, top = 46, 46, 74
     names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
     layers, start = len(history[0]["ranks"]), history[0]["ranks"][0][0]
-    panel = margin + cell * len(names) + 14
-    image = Image.new("RGB", (panel * len(history) + 14, top + cell * layers + 50), "white")
+    panel, bottom = margin + cell * len(names) + 14, top + cell * layers
+    image = Image.new("RGB", (panel * len(history) + 14, bottom + 50), "white")
     draw = ImageDraw.Draw(image)
-    text = partial(draw.text, fill="black")
+
+    def text(x, y, words, size=13, **options):
+        draw.text((x, y), words, fill="black", font=ImageFont.load_default(size), **options)
+
     for p, entry in enumerate(history):
         left = p * panel + margin
-        text((left, 8), f"step {entry['step']}: " + ("start" if p == 0 else entry["choice"]), font=ImageFont.load_default(17))
-        if p:
-            text((left, 30), f"held-out loss {entry['held_out_loss']:.3f}, {entry['parameters']:,} parameters", font=ImageFont.load_default(12))
+        text(left, 8, f"step {entry['step']}: {entry['choice'] if p else 'start'}", 17)
+        text(left, 30, f"held-out loss {entry['held_out_loss']:.3f}, {entry['parameters']:,} parameters" if p else "", 12)
         for column, name in enumerate(names):
-            text((left + column * cell + cell / 2, top - 12), name, anchor="mm", font=ImageFont.load_default(13))
+            text(left + (column + 0.5) * cell, top - 12, name, anchor="mm")
         for row, ranks in enumerate(entry["ranks"]):
-            text((left - 8, top + row * cell + cell / 2), str(row), anchor="rm", font=ImageFont.load_default(13))
+            text(left - 8, top + (row + 0.5) * cell, str(row), anchor="rm")
             for column, rank in enumerate(ranks):
-                # white: the rank all started with; blue: more; orange: less
-                amount = max(-1.0, min(1.0, math.log2(rank / start)))
-                color = (255, int(255 + 105 * amount), int(255 + 225 * amount)) if amount < 0 else (int(255 - 205 * amount), int(255 - 125 * amount), 255)
+                shade = max(-1.0, min(1.0, math.log2(rank / start)))  # blue above the start's rank, orange below
+                color = (255, 255 + 105 * shade, 255 + 225 * shade) if shade < 0 else (255 - 205 * shade, 255 - 125 * shade, 255)
                 x, y = left + column * cell, top + row * cell
-                draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=color, outline=(190, 190, 190))
-                text((x + cell / 2 - 1, y + cell / 2 - 1), str(rank), anchor="mm", font=ImageFont.load_default(15))
-    text((margin, top + cell * layers + 14), f"rank of each adapter; rows are layers; blue: above the start's {start}, orange: below", font=ImageFont.load_default(13))
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(map(int, color)), (190, 190, 190))
+                text(x + cell / 2 - 1, y + cell / 2 - 1, str(rank), 15, anchor="mm")
+    text(margin, bottom + 14, f"rank of each adapter; rows are layers; blue: above the start's {start}, orange: below")
     image.save(path)
 
 
