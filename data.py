@@ -67,14 +67,14 @@ def encode_conversation(conversations, tokenizer, template):
         input_ids.extend(ids)
         labels.extend(ids if target else [IGNORE] * len(ids))
 
+    if conversations[0]["from"] == "gpt":  # a few public records open with an answer to nothing
+        conversations = conversations[1:]
     if template == "plain":
         append([IMAGE_TOKEN], target=False)
-        append(encode(conversations[-1]["value"] + "\n"), target=True)
+        append(encode(conversations[1]["value"] + "\n"), target=True)
         return input_ids, labels
 
     before = SYSTEM + " "
-    if conversations[0]["from"] == "gpt":  # a few public records open with an answer to nothing
-        conversations = conversations[1:]
     for turn in conversations:
         text = turn["value"]
         if "<image>" in text:  # wherever it stood, the image comes first
@@ -176,6 +176,8 @@ def record_problem(record, images):
         return "'human' and 'gpt' must take turns"
     if speakers[speakers[0] == "gpt" :][:2] != ["human", "gpt"]:
         return "needs a question and an answer"
+    if any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"):
+        return "has <image> in an answer; it belongs in a question"
     placeholders = sum(turn["value"].count("<image>") for turn in record["conversations"])
     if "image" not in record and placeholders:
         return "has <image> in its text but no field 'image'"
@@ -206,11 +208,11 @@ class ConversationDataset(torch.utils.data.Dataset):
         record = self.records[index]
         input_ids, labels = encode_conversation(record["conversations"], self.tokenizer, self.template)
         limit = self.context_length - (self.image_tokens - 1 if "image" in record else 0)
-        pixels = None
-        if "image" in record:
+        input_ids, labels, pixels = input_ids[:limit], labels[:limit], None
+        if IMAGE_TOKEN in input_ids:
             mode = "crop" if self.template == "plain" else "pad"
             pixels = image_to_tensor(open_image(self.images, record["image"]), self.image_size, mode)
-        return {"input_ids": input_ids[:limit], "labels": labels[:limit], "pixel_values": pixels}
+        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels}
 
 
 def collate(samples):
@@ -478,17 +480,18 @@ def fit(model, loss_of_a_batch, steps, rate, name):
 
 
 def text_row(tokenizer, rng):
-    """A scene in words, then its caption, or questions about it with answers in small letters."""
+    """A scene in words, then its caption; or, where chat has its image, a scene and questions about it."""
     scene = sample_scene(rng)
     if rng.random() < 0.5:
         facts = scene_facts(scene)
         rng.shuffle(facts)
-        text, skipped = " " + ", ".join(facts) + "\n", 0
+        before, text, skipped = "", " " + ", ".join(facts) + "\n", 0
     else:
-        # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
-        asked = rng.sample(sorted(scene_questions(scene, rng).values()), 4)
+        asked = rng.sample(sorted(scene_questions(scene, rng).values()), 3)
+        before = f" {SYSTEM} USER: "
         text, skipped = "".join(f"\n{question} {answer}" for question, answer in asked), 1
-    head = [tokenizer.bos_token_id] + tokenizer(scene_words(scene)).input_ids
+    # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+    head = [tokenizer.bos_token_id] + tokenizer(before).input_ids + tokenizer(scene_words(scene)).input_ids
     tail = tokenizer(text).input_ids
     labels = [IGNORE] * (len(head) + skipped) + tail[skipped:]
     return {"input_ids": head + tail, "labels": labels, "pixel_values": None}
@@ -507,7 +510,7 @@ def chat_row(tokenizer, rng):
     return {"input_ids": input_ids, "labels": labels, "pixel_values": None}
 
 
-def train_llm(folder, tokenizer, steps=600, batch_size=32, seed=0):
+def train_llm(folder, tokenizer, steps=550, batch_size=32, seed=0):
     """A LLaMA that has read scenes as words and chat without scenes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

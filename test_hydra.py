@@ -608,6 +608,7 @@ def turns(*pairs):
     ([record(conversations=turns(("robot", "<image>"), ("gpt", "x")))], "unknown speaker 'robot'"),
     ([record(conversations=turns(("human", "What?"), ("gpt", "x")))], "has an image and 0 <image>"),
     ([record(conversations=turns(("human", "<image><image>"), ("gpt", "x")))], "has an image and 2 <image>"),
+    ([record(conversations=turns(("human", "What?"), ("gpt", "<image>")))], "has <image> in an answer"),
     ([{"id": "r", "conversations": record()["conversations"]}], "no field 'image'"),
     ([record(image="nowhere.png"), record(image=7)], r"nowhere.png does not exist \(1 more records are wrong\)"),
     ([record(conversations=turns(("human", "<image>"), ("human", "x")))], "take turns"),
