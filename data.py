@@ -151,8 +151,8 @@ def read_records(path, images):
     records = read_json(path)
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
-    if any(isinstance(record, dict) and "image" in record for record in records) and not Path(images or "").is_dir():
-        raise DataError(f"{images}: no such image folder; give it with --images")
+    if any(isinstance(record, dict) and "image" in record for record in records) and not (images and Path(images).is_dir()):
+        raise DataError(f"--images {images}: no such image folder")
     problems = [(i, problem) for i, record in enumerate(records) if (problem := record_problem(record, images))]
     if problems:
         i, problem = problems[0]
@@ -393,7 +393,7 @@ def scene_questions(scene, rng):
     }
 
 
-def write_world(folder, train=12000, test=600, seed=0):
+def write_world(folder, train=10000, test=600, seed=0):
     """Pictures, caption.json (stage 1), instruct.json (stage 2) and questions.jsonl (held out)."""
     rng = random.Random(seed)
     folder = Path(folder)
@@ -510,7 +510,7 @@ def chat_row(tokenizer, rng):
     return {"input_ids": input_ids, "labels": labels, "pixel_values": None}
 
 
-def train_llm(folder, tokenizer, steps=550, batch_size=32, seed=0):
+def train_llm(folder, tokenizer, steps=500, batch_size=32, seed=0):
     """A LLaMA that has read scenes as words and chat without scenes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -540,7 +540,8 @@ def train_clip(folder, tokenizer, steps=250, batch_size=128, seed=0):
     # CLIP reads a caption at its end token: <s> (1) serves, since transformers takes the id 2 for an old mistake
     size = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4)
     clip = CLIPModel(CLIPConfig(
-        text_config=dict(size, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40, eos_token_id=1),
+        text_config=dict(size, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=40,
+                         bos_token_id=1, eos_token_id=1, pad_token_id=0),
         vision_config=dict(size, num_hidden_layers=3, image_size=GRID * CELL, patch_size=8),
         projection_dim=96,
     ))  # fmt: skip

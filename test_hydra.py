@@ -553,7 +553,9 @@ def test_chat_answers_from_a_checkpoint(world, stage2):
 
 
 def test_two_processes_equal_one(world, stage1, stage2):
-    command(HERE / "train.py", *flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2), processes=2)
+    words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2)
+    command(HERE / "train.py", *words, processes=2)
+    command(HERE / "train.py", *words, "--resume", processes=2)  # of a finished run: evaluates again, changes nothing
     (one, config_one), (two, config_two) = final_state(stage2), final_state(stage1 / "two")
     assert config_one["ranks"] == config_two["ranks"]
     for name in one:
@@ -635,7 +637,8 @@ def test_bad_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changed, message", [
     (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
-    (dict(images="nowhere"), "nowhere: no such image folder"),
+    (dict(images="nowhere"), "--images nowhere: no such image folder"),
+    (dict(images=None), "--images None: no such image folder"),
     (dict(global_batch_size=6), r"4 × .* = .*, not --global_batch_size 6"),
     (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
     (dict(lora_rank=33), "rank 33 for a linear of 32 -> 32: use 1 to 32"),

@@ -281,14 +281,15 @@ def answer(model, tokenizer, questions, images, rank, world_size, device, batch_
     """This process's share of the questions with the model's answers: [(question, answer)]."""
     mine, answered = questions[rank::world_size], []
     for start in range(0, len(mine), batch_size):
-        rows, pixels = [], []
+        samples = []
         for question in mine[start : start + batch_size]:
             turn = {"from": "human", "value": "<image>\n" + question["text"]}
-            rows.append(torch.tensor(data.encode_conversation([turn], tokenizer, "v1")[0]))
-            pixels.append(data.image_to_tensor(data.open_image(images, question["image"]), model.image_size, "pad"))
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+            input_ids, labels = data.encode_conversation([turn], tokenizer, "v1")
+            pixels = data.image_to_tensor(data.open_image(images, question["image"]), model.image_size, "pad")
+            samples.append({"input_ids": input_ids, "labels": labels, "pixel_values": pixels})
+        batch = data.collate(samples)
         with autocast(device):
-            ids = model.generate(pad(rows), pad([torch.ones_like(row) for row in rows]), torch.stack(pixels), max_new_tokens=16)
+            ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens=16)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         answered += zip(mine[start : start + batch_size], [text.strip() for text in texts])
     return answered
@@ -465,9 +466,10 @@ def main():
     )
     out.mkdir(parents=True, exist_ok=True)
     log_file = out / "log.jsonl"
+    past = []
     if rank == 0:  # a resumed run writes again what came after its checkpoint
-        lines = log_file.read_text().splitlines() if first else []
-        log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first))
+        past = [json.loads(line) for line in log_file.read_text().splitlines()] if first else []
+        log_file.write_text("".join(json.dumps(entry) + "\n" for entry in past if entry["step"] <= first))
 
     def log(entry):
         if rank == 0:
@@ -498,7 +500,7 @@ def main():
         samples(train), batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
         collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda",
     ))  # fmt: skip
-    before = evaluate(0, []) if not first else json.loads(lines[0])
+    before = evaluate(0, []) if not first else next(iter(past), None)
     ddp = wrap()
     model.train()
     loss_sum = target_count = torch.zeros((), device=device)
@@ -603,13 +605,11 @@ def draw_ranks(history, path):
 
 def describe_event(entry):
     """One rank event in words, with the ranks of each layer before and after."""
-    text = (
-        f"rank event at step {entry['step']}: {entry['choice']}"
-        + (" (the model abstains)" if entry["abstained"] else f" (favourite {entry['favourite']}, predicted gain {entry['predicted_gain']:.4f} ± {entry['doubt']:.4f})")
-        + f"; its error {entry['error']:.4f}, of the mean {entry['error_of_mean']:.4f}, on {entry['observations']} left-out measurements"
-        + (f"; the last change brought {entry['realised_gain']:+.4f}" if "realised_gain" in entry else "")
-        + f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
-    )
+    choice = f"{entry['choice']} (favourite {entry['favourite']}, predicted gain {entry['predicted_gain']:.4f} ± {entry['doubt']:.4f})"
+    text = f"rank event at step {entry['step']}: " + ("stay (the predictor abstains)" if entry["abstained"] else choice)
+    text += f"; its error {entry['error']:.4f}, of the mean {entry['error_of_mean']:.4f}, each of {entry['observations']} measurements left out in turn"
+    text += f"; the last change brought {entry['realised_gain']:+.4f}" if "realised_gain" in entry else ""
+    text += f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
     if entry["choice"] != "stay":
         for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
             text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
@@ -623,8 +623,8 @@ def summarize(config, before, after, blind, seconds, event_seconds, total_second
     if blind:
         lines += [f"{'accuracy':14}{'model':>8}{'no image':>10}"]
         lines += [f"{kind:14}{share:8.2f}{blind[kind]:10.2f}" for kind, share in after["accuracy"].items()]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s, rank events {100 * event_seconds / seconds:.1f} % of training; peak memory {memory:.1f} GB"]
+    events, memory = 100 * event_seconds / max(seconds, 1e-9), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s; rank events {events:.1f} % of training; peak memory {memory:.1f} GB"]
     lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method == "hydra" else "")]
     if config.stage == 1:
         lines += [f"next: torchrun train.py --stage 2 --model {config.model}"]
