@@ -139,7 +139,7 @@ def read_json(path):
     """Parsed JSON, or JSON lines for a name that ends in .jsonl."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if str(path).endswith(".jsonl") else json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()] if str(path).endswith(".jsonl") else json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except json.JSONDecodeError as error:
@@ -273,6 +273,8 @@ def micro_batches(batch, per_device, world_size):
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
     questions = read_json(path)
+    if not isinstance(questions, list) or not (images and Path(images).is_dir()):
+        raise DataError(f"{path}: must hold JSON lines, and --images {images} name their image folder")
     for i, question in enumerate(questions):
         if not isinstance(question, dict) or not all(isinstance(question.get(k), str) for k in ("image", "text", "label")):
             raise DataError(f"{path}: line {i + 1} needs the texts 'image', 'text' and 'label'")
@@ -567,8 +569,8 @@ def show(args):
     from transformers import AutoTokenizer
 
     records = read_records(args.data, args.images)
-    if not Path(args.tokenizer).is_dir():
-        raise DataError(f"{args.tokenizer}: no such tokenizer; first run train.py --stage 1, or give --tokenizer FOLDER")
+    if not any(Path(args.tokenizer, name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(f"{args.tokenizer}: holds no tokenizer; first run train.py --stage 1, or give --tokenizer FOLDER")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, legacy=True)
     template = args.template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
     for record in records[: args.count]:

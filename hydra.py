@@ -32,11 +32,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
-logging.disable_progress_bar()  # of loading weights, a line for every part
+# what matters of loading and of a failed download is said by from_hub, in one line
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+hub_logging.set_verbosity_error()
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids
 IGNORE = -100  # label of a position that is no target
@@ -173,13 +177,22 @@ def from_hub(loader, name_or_dir, **options):
     is_folder = Path(name_or_dir).is_dir()
     if is_folder and not Path(name_or_dir, "config.json").is_file():
         raise HydraError(f"{name_or_dir}: no config.json; give a folder with a model, or a hub id")
+    is_model = issubclass(loader, PreTrainedModel)
+    if is_model:
+        options["output_loading_info"] = True
     try:
-        return loader.from_pretrained(str(name_or_dir), **options)
-    except (OSError, ImportError, ValueError) as error:
+        loaded = loader.from_pretrained(str(name_or_dir), **options)
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if is_folder:
             raise HydraError(f"{name_or_dir}: cannot be loaded: {reason}") from None
         raise HydraError(f"{name_or_dir}: neither a folder nor reachable on the hub: download it, or give a folder") from None
+    if not is_model:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would go on with random weights
+        raise HydraError(f"{name_or_dir}: lacks {sorted(info['missing_keys'])[0]}: is not a {loader.__name__}")
+    return model
 
 
 def load_clip(name_or_dir, dtype=torch.float32):
@@ -190,12 +203,11 @@ def load_clip(name_or_dir, dtype=torch.float32):
 def load_mobilellama(name_or_dir, dtype=torch.float32):
     """(LlamaForCausalLM, tokenizer) from a folder or hub id, as MobileLLaMA is published."""
     folder = Path(name_or_dir)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise HydraError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
-        for package, is_there in (("sentencepiece", is_sentencepiece_available), ("protobuf", is_protobuf_available)):
-            if not (folder / "tokenizer.json").is_file() and not is_there():
-                raise HydraError(f"{folder / 'tokenizer.model'}: needs the package {package}: pip install {package}")
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise HydraError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
+    for package, is_there in (("sentencepiece", is_sentencepiece_available), ("protobuf", is_protobuf_available)):
+        if not (folder / "tokenizer.json").is_file() and not is_there():
+            raise HydraError(f"{name_or_dir}: its tokenizer.model needs the package {package}: pip install {package}")
     llm = from_hub(LlamaForCausalLM, name_or_dir, dtype=dtype)  # dtype: else it is the config's
     if llm.config.model_type != "llama":
         raise HydraError(f"{name_or_dir}: is a {llm.config.model_type!r} model; give a LLaMA")
@@ -291,6 +303,7 @@ class HybridLoRALinear(nn.Module):
         The parameters are new objects; see carry_moments for their optimizer state.
         """
         self.check_rank(coarse_rank + fine_rank)
+        self.unmerge()
         if importance is None:
             importance = self.lora_A.norm(dim=1) * self.lora_B.norm(dim=0)
         rank = coarse_rank + fine_rank
@@ -359,7 +372,7 @@ def parameter_table(model):
 # ---------------------------------------------------------------------------------------------
 # the rank method: coarse, fine, performance model, budget
 
-MILD = 1.5  # no rank target leaves [r₀/1.5², 1.5²·r₀]: strong multipliers starve layers
+MILD = 1.5  # coarse and fine each multiply a rank by 1/1.5 … 1.5: strong multipliers starve layers
 
 
 def mild(score, centre):
@@ -370,19 +383,18 @@ def mild(score, centre):
 def cluster(values, k=3):
     """Deterministic one-dimensional k-means: the mean of each value's cluster. [L] -> [L]"""
     centres = np.quantile(values, np.linspace(0, 1, k))
-    while True:
+    for _ in range(100):  # far more than so few values ever need
         member = np.abs(values[:, None] - centres).argmin(1)
-        moved = np.array([values[member == j].mean() if (member == j).any() else centres[j] for j in range(k)])
-        if np.allclose(moved, centres):
-            return moved[member]
-        centres = moved
+        centres = np.array([values[member == j].mean() if (member == j).any() else centres[j] for j in range(k)])
+    return centres[member]
 
 
 def coarse_and_fine(scores, rank):
     """Rank targets from scores [layers, projections] > 0: (coarse [layers, 1], both [layers, projections]).
 
     Coarse: layers whose log scores cluster together get one rank. Fine: inside a layer each
-    projection is set against the layer's own typical score.
+    projection is set against the layer's own typical score. The score, our choice, is the gradient's
+    signal-to-noise, the same for a small and a large projection; fit_to_budget then settles the sum.
     """
     log = np.log(scores)
     layer = cluster(log.mean(1))[:, None]  # three kinds of layer
@@ -450,7 +462,7 @@ class RankController:
     measures the held-out loss without them, fits the performance model to that, and lets it choose
     among candidates. Ranks change if its error on measurements left out is below that of their mean
     (else it abstains), and the predicted gain above the prediction's standard error. What the change
-    brought is measured at the next event, and learned from, too.
+    brought is measured at the next event, and learned from, too (after the third there is none).
     """
 
     EVENTS, WARM_UP = (0.15, 0.30, 0.45), 0.05
@@ -655,8 +667,7 @@ class HydraVLM(nn.Module):
 
         input_ids [B, T] with IMAGE_TOKEN once per image, pixel_values [N, 3, H, W] in reading order.
         Returns embeddings [B, T', D], mask [B, T'] and labels [B, T'] or None, padded on the right,
-        or on the left for generation. The indices are computed where the ids live: ids on the CPU
-        keep a GPU from waiting.
+        or on the left for generation.
         """
         device = self.llm.device
         width = self.image_tokens
@@ -753,10 +764,11 @@ def read_config(folder):
 
 def restore(model, folder, config):
     """Load a checkpoint's trained tensors, with its ranks, into a model of the same backbones."""
+    modules = adapters(model)
     for name, (coarse, fine) in config["ranks"].items():
-        if name not in adapters(model):
+        if name not in modules:
             raise HydraError(f"{folder}: has an adapter for {name}, which this model has not; use the model it names")
-        adapters(model)[name].resize(coarse, fine)
+        modules[name].resize(coarse, fine)
     try:
         state = load_file(folder / "model.safetensors")
     except Exception as error:  # safetensors raises its own kinds
@@ -765,7 +777,7 @@ def restore(model, folder, config):
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             raise HydraError(f"{folder}: {name} {list(tensor.shape)} does not fit this model; use the model it names")
-    if missing := [name for name in own if name.startswith("projector.") and name not in state]:
+    if missing := [name for name in own if (name.startswith("projector.") or config["ranks"] and ".lora_" in name) and name not in state]:
         raise HydraError(f"{folder}: lacks {missing[0]}; use a whole checkpoint")
     model.load_state_dict(state, strict=False)
 

@@ -563,7 +563,7 @@ def test_two_processes_equal_one(world, stage1, stage2):
 
 
 def test_resume_is_bit_identical(world, stage1, stage2, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, stage1, out=stage1 / "resumed", save_steps=5)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, stage1, out=stage1 / "resumed", save_steps=3)])
     save = train.save_checkpoint
 
     def save_and_die(*arguments):
@@ -640,6 +640,7 @@ def test_bad_images(tmp_path, monkeypatch):
     (dict(images="nowhere"), "--images nowhere: no such image folder"),
     (dict(images=None), "--images None: no such image folder"),
     (dict(global_batch_size=6), r"4 × .* = .*, not --global_batch_size 6"),
+    (dict(lora_dropout=1.5), "--lora_dropout 1.5: give a share below 1"),
     (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
     (dict(lora_rank=33), "rank 33 for a linear of 32 -> 32: use 1 to 32"),
     (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1"),

@@ -119,6 +119,8 @@ def parse_arguments():
         value, least = getattr(config, f.name), 0 if f.name in ("seed", "num_workers", "lora_dropout", "warmup_ratio") else 1e-12
         if f.type in (int, float) and value is not None and not value >= least:
             raise ConfigError(f"--{f.name} {value}: give a positive number")
+    if config.lora_dropout is not None and config.lora_dropout >= 1:
+        raise ConfigError(f"--lora_dropout {config.lora_dropout}: give a share below 1")
     return config
 
 
@@ -207,18 +209,12 @@ def schedule(step, total_steps, warmup_ratio):
 
 def save_checkpoint(out, model, optimizer, controller, step, description):
     """checkpoint-STEP with the model and all that the loop needs; older ones go once it is whole."""
-    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-    states = [own]
-    if dist.is_initialized():
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, own)
-
     def write():
         temporary = out / ".unfinished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         hydra.save_model(temporary, model, {**description, "step": step})
-        trainer = {"step": step, "optimizer": optimizer.state_dict(), "random": states}
+        trainer = {"step": step, "optimizer": optimizer.state_dict()}
         if controller:
             trainer["controller"] = controller.state_dict()
         torch.save(trainer, temporary / "trainer.pt")
@@ -232,7 +228,7 @@ def save_checkpoint(out, model, optimizer, controller, step, description):
     on_first_process(write)
 
 
-def load_trainer_state(checkpoint, optimizer, controller, rank):
+def load_trainer_state(checkpoint, optimizer, controller):
     """Put the loop's state back; returns the step to go on from."""
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
@@ -241,10 +237,6 @@ def load_trainer_state(checkpoint, optimizer, controller, rank):
     optimizer.load_state_dict(state["optimizer"])
     if controller:
         controller.load_state_dict(state["controller"])
-    if rank < len(state["random"]):  # with more processes than before, the new ones keep their seed
-        torch.set_rng_state(state["random"][rank]["cpu"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random"][rank]["cuda"])
     return state["step"]
 
 
@@ -346,24 +338,29 @@ def accuracy(answered):
 
 def build_model(config, device):
     """(model, tokenizer): stage 1's projector and new adapters for stage 2, all but what trains frozen."""
-    if config.model == "tiny":
-        on_first_process(partial(data.make_world, TOY))
-        config.vision_tower = config.vision_tower or str(TOY.resolve() / "clip")
-        if config.data is None:
-            config.data, config.images = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json")), str(TOY / "images")
-            config.questions = str(TOY / "questions.jsonl")
-    if config.data is None:
-        raise ConfigError("--data: name the JSON file of records, and --images their folder")
     stage1 = hydra.find_checkpoint(config.stage1) if config.stage == 2 else None
     if config.stage == 2 and stage1 is None:
         raise ConfigError(f"--stage 2: no checkpoint in {config.stage1}; first run: torchrun train.py --stage 1 --model {config.model}")
+    if config.model == "tiny":
+        on_first_process(partial(data.make_world, TOY))
+        config.vision_tower = config.vision_tower or str(TOY / "clip")
+        if config.data is None:
+            config.data = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json"))
+            config.images = config.images or str(TOY / "images")
+            config.questions = config.questions or str(TOY / "questions.jsonl")
+    if config.data is None:
+        raise ConfigError("--data: name the JSON file of records, and --images their folder")
+
+    def absolute(name):
+        """A checkpoint names its backbones; a folder's name must mean the same from everywhere."""
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
 
     torch.manual_seed(config.seed)
-    source = str(TOY.resolve() / "llm") if config.model == "tiny" else LLAMA.get(config.model, config.model)
+    source = absolute(TOY / "llm" if config.model == "tiny" else LLAMA.get(config.model, config.model))
     # frozen weights in bf16 where the hardware is made for it, trained ones always in fp32
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     llm, tokenizer = hydra.load_mobilellama(source, torch.float32 if config.method == "full" else frozen)
-    clip = hydra.load_clip(config.vision_tower or CLIP, frozen)
+    clip = hydra.load_clip(absolute(config.vision_tower or CLIP), frozen)
     projector = hydra.build_projector(config.projector_type, clip.clip.config.hidden_size, llm.config.hidden_size)
     model = hydra.HydraVLM(clip, projector, llm).to(device)
     if config.stage == 2 and config.method != "full":
@@ -377,6 +374,9 @@ def build_model(config, device):
                 f"--stage1 {stage1}: holds stage {saved['stage']} with projector {saved['projector']}, "
                 f"not stage 1 with {config.projector_type}"
             )
+        for key, own in (("model", llm.name_or_path), ("vision_tower", clip.clip.name_or_path)):
+            if saved[key] != own:
+                raise ConfigError(f"--stage1 {stage1}: was trained with {key} {saved[key]}, not {own}")
         hydra.restore(model, stage1, saved)
     hydra.freeze(model, config.stage, config.method)
     if config.gradient_checkpointing:
@@ -421,6 +421,9 @@ def main():
         for key, value in description.items():
             if key != "run" and saved.get(key) != value:
                 raise ConfigError(f"--resume: {checkpoint} has {key} {saved.get(key)}, this run {value}; use the same flags")
+        for key in ("data", "global_batch_size", "epochs", "max_steps", "seed", "lora_rank", "learning_rate"):
+            if saved["run"][key] != getattr(config, key):
+                raise ConfigError(f"--resume: {checkpoint} was run with --{key} {saved['run'][key]}, not {getattr(config, key)}")
         hydra.restore(model, checkpoint, saved)
     records = data.read_records(config.data, config.images)
     if config.stage == 1 and not all("image" in record for record in records):
@@ -456,8 +459,7 @@ def main():
     controller = None
     if config.stage == 2 and config.method == "hydra":
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed)
-    torch.manual_seed(config.seed + 1000 * rank)  # dropout differs between processes
-    first = load_trainer_state(checkpoint, optimizer, controller, rank) if checkpoint else 0
+    first = load_trainer_state(checkpoint, optimizer, controller) if checkpoint else 0
     say(hydra.parameter_table(model))
     say(
         f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
@@ -512,6 +514,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = rate
 
+        # dropout differs between steps and processes, and is the same again after a resume
+        torch.manual_seed((config.seed * 10**6 + step) * 10**4 + rank)
         # gradients of the loss summed over the global batch
         passes, count = len(micro_batches(step)), torch.zeros((), device=device)
         for i in range(passes):
@@ -566,6 +570,8 @@ def main():
             draw_ranks(controller.history, out / "ranks.png")
         summarize(config, before, after, blind, seconds, event_seconds, time.time() - begun)
     if dist.is_initialized():
+        del ddp  # it holds the process group: freed after the group's end, it has been seen to hang
+        dist.barrier()
         dist.destroy_process_group()
 
 
