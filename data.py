@@ -182,8 +182,8 @@ def record_problem(record, images):
     if "image" not in record and placeholders:
         return "has <image> in its text but no field 'image'"
     if "image" in record:
-        if not isinstance(record["image"], str):
-            return "field 'image' is not a file name"
+        if not isinstance(record["image"], str) or os.path.isabs(record["image"]) or ".." in Path(record["image"]).parts:
+            return "field 'image' is not the name of a file inside the image folder"
         if placeholders != 1:
             return f"has an image and {placeholders} <image> in its text; write it once"
         if not os.path.isfile(os.path.join(images, record["image"])):
@@ -395,7 +395,7 @@ def scene_questions(scene, rng):
     }
 
 
-def write_world(folder, train=10000, test=600, seed=0):
+def write_world(folder, train=12000, test=600, seed=0):
     """Pictures, caption.json (stage 1), instruct.json (stage 2) and questions.jsonl (held out)."""
     rng = random.Random(seed)
     folder = Path(folder)
@@ -512,7 +512,7 @@ def chat_row(tokenizer, rng):
     return {"input_ids": input_ids, "labels": labels, "pixel_values": None}
 
 
-def train_llm(folder, tokenizer, steps=500, batch_size=32, seed=0):
+def train_llm(folder, tokenizer, steps=550, batch_size=32, seed=0):
     """A LLaMA that has read scenes as words and chat without scenes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -613,6 +613,7 @@ def turns(*pairs):
     ([record(conversations=turns(("human", "What?"), ("gpt", "<image>")))], "has <image> in an answer"),
     ([{"id": "r", "conversations": record()["conversations"]}], "no field 'image'"),
     ([record(image="nowhere.png"), record(image=7)], r"nowhere.png does not exist \(1 more records are wrong\)"),
+    ([record(image="../00000.png")], "not the name of a file inside the image folder"),
     ([record(conversations=turns(("human", "<image>"), ("human", "x")))], "take turns"),
 ])  # fmt: skip
 def test_bad_records(world, tmp_path, content, message):

@@ -570,7 +570,7 @@ def main():
             draw_ranks(controller.history, out / "ranks.png")
         summarize(config, before, after, blind, seconds, event_seconds, time.time() - begun)
     if dist.is_initialized():
-        del ddp  # it holds the process group: freed after the group's end, it has been seen to hang
+        del ddp  # it holds the process group: freed after the group's end, it was seen to hang at exit
         dist.barrier()
         dist.destroy_process_group()
 
