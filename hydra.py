@@ -560,17 +560,15 @@ class RankController:
             self.predictor.observations.append((number, 1, removing(removed), self.loss_without(weakest, measure) - loss))
         entry |= self.predictor.fit()
 
-        candidates, margins = self.candidates(signal, before, random), {}
-        for name, (_, ranks) in candidates.items():
-            change, doubt = self.predictor.predict(removing(before - ranks))
-            margins[name] = -change - doubt, -change, doubt
-        favourite = max(margins, key=margins.get)
-        margin, gain, doubt = margins[favourite]
+        candidates = self.candidates(signal, before, random)
+        scored = {name: self.predictor.predict(removing(before - ranks)) for name, (_, ranks) in candidates.items()}
+        favourite = min(scored, key=lambda name: sum(scored[name]))  # lowest loss with the doubt added to it
+        change, doubt = scored[favourite]
         abstained = entry["error"] >= entry["error_of_mean"]
-        decision = ["stay" if abstained or margin <= 0 else favourite]
+        decision = ["stay" if abstained or change + doubt >= 0 else favourite]
         if dist.is_initialized():
             dist.broadcast_object_list(decision)  # equal on all processes, yet one decides
-        entry |= {"choice": decision[0], "favourite": favourite, "predicted_gain": gain, "doubt": doubt, "abstained": abstained}
+        entry |= {"choice": decision[0], "favourite": favourite, "predicted_gain": -change, "doubt": doubt, "abstained": abstained}
         if decision[0] != "stay":
             coarse, ranks = candidates[decision[0]]
             grown = self.change(coarse, ranks, importance, optimizer, torch.Generator().manual_seed(self.seed + number))
@@ -659,8 +657,8 @@ class HydraVLM(nn.Module):
     @property
     def image_tokens(self):
         """What one image takes in the LLM's context."""
-        patches = (self.image_size // self.clip.clip.config.patch_size) ** 2
-        return 144 if self.projector.kind == "ldpnetv2" else (math.isqrt(patches) + 1) // 2 * ((math.isqrt(patches) + 1) // 2)
+        side = self.image_size // self.clip.clip.config.patch_size
+        return 144 if self.projector.kind == "ldpnetv2" else ((side + 1) // 2) ** 2
 
     def splice(self, input_ids, attention_mask, pixel_values, labels=None, left=False):
         """Put the image's tokens in the place of IMAGE_TOKEN.

@@ -394,7 +394,7 @@ def split_held_out(records, probes):
     if count < 2:
         raise ConfigError(f"--data: {len(records)} records are too few to hold some out; give at least 40")
     every = len(records) // count
-    held = [record for i, record in enumerate(records) if i % every == every - 1][:count]
+    held = records[every - 1 :: every][:count]
     held_ids = set(map(id, held))
     probes = min(probes, count // 3 + 1)
     return [record for record in records if id(record) not in held_ids], held[:probes], held[probes:]
