@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save
 from tqdm import tqdm
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids; hydra.py replaces it by the image's tokens
@@ -784,6 +785,12 @@ def fit(model, loss_of_a_batch, steps, rate, name, row):
         schedule.step()
 
 
+def save_backbone(model, folder):
+    """As save_pretrained does, but with the user's umask."""
+    model.config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
+
+
 def text_row(tokenizer, rng):
     """A scene in words, then its caption; or, where chat has its image, a scene and questions about it."""
     scene = sample_scene(rng)
@@ -833,7 +840,7 @@ def train_llm(world, steps=550, batch_size=32, seed=0):
         return llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
 
     fit(llm, loss, steps, 2e-3, "LLaMA", 0)
-    llm.save_pretrained(world / "llm")
+    save_backbone(llm, world / "llm")
 
 
 def train_clip(world, steps=250, batch_size=128, seed=0):
@@ -860,7 +867,7 @@ def train_clip(world, steps=250, batch_size=128, seed=0):
         return clip(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], return_loss=True).loss
 
     fit(clip, loss, steps, 1e-3, "CLIP", 1)
-    clip.vision_model.save_pretrained(world / "clip")
+    save_backbone(clip.vision_model, world / "clip")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def load_tokenizer(folder):
     if loader is AutoTokenizer and not (folder / "tokenizer.json").is_file():
         raise HydraError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
     try:  # legacy: MobileLLaMA's ids come from the tokenizer as it was before transformers changed it
-        tokenizer = loader.from_pretrained(folder, legacy=True)
+        tokenizer = loader.from_pretrained(folder, legacy=True, trust_remote_code=False)
         if loader is LlamaTokenizer:
             # transformers merges pieces in the order of their ids, LLaMA in that of their scores: runs of spaces last
             from sentencepiece import SentencePieceProcessor

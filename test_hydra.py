@@ -169,6 +169,21 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(target[:-1]).strip() == text.strip()
 
 
+@pytest.mark.parametrize("answer", ["", "word " * 1_000_000, "\x00", "USER: </s> ASSISTANT: <s>"])
+@pytest.mark.parametrize("opening", [[], [("gpt", "an answer to nothing")]])
+def test_answers_of_all_kinds(world, tokenizer, answer, opening):
+    pairs = turns(*opening, ("human", "<image>\nWhat?"), ("gpt", answer))
+    (world / "record.json").write_text(json.dumps([{"image": "00000.png", "conversations": pairs}]))
+    sample = make_samples(world, tokenizer, data.read_records(world / "record.json", world / "images"))[0]
+    targets = [label for label in sample["labels"] if label != data.IGNORE]
+    places = len(sample["input_ids"]) + 9 - 1  # the image takes nine of the 256
+    if len(answer) > 256:
+        assert places == 256 and tokenizer.eos_token_id not in targets
+    else:
+        assert targets[-1:] == [tokenizer.eos_token_id] and targets.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(targets[:-1]).strip() == answer
+
+
 def test_prompt_is_the_start_of_its_training_sample(tokenizer):
     turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "Red"}]
     prompt, labels = data.encode_conversation(turns[:1], tokenizer, "v1")
@@ -691,13 +706,21 @@ def test_published_layout_goes_through_both_stages_and_out(world, published, tmp
 
 
 def test_two_processes_equal_one(world, stage1, stage2):
-    words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2)
+    words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2, save_steps=3, keep=3)
     command(HERE / "train.py", *words, processes=2)
     command(HERE / "train.py", *words, "--resume", processes=2)  # of a finished run: evaluates again, changes nothing
-    (one, config_one), (two, config_two) = final_state(stage2), final_state(stage1 / "two")
-    assert config_one["ranks"] == config_two["ranks"]
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    assert [path.name for path in hydra.list_checkpoints(stage1 / "two")] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    moved = shutil.copytree(stage1 / "two", stage1 / "moved")  # from two processes to one, before the last rank event
+    for step in (9, 12):
+        shutil.rmtree(moved / f"checkpoint-{step}")
+    command(HERE / "train.py", *flags(world, stage1, out=moved), "--resume")
+    one, config_one = final_state(stage2)
+    for other, config_other in map(final_state, (stage1 / "two", moved)):
+        assert config_one["ranks"] == config_other["ranks"]
+        for name in one:
+            assert torch.allclose(one[name], other[name], atol=2e-4), name
+    losses = [[entry["held_out_loss"] for entry in results(out)[0] if "held_out_loss" in entry] for out in (stage2, stage1 / "two", moved)]
+    assert len(losses[0]) >= 7 and np.allclose(losses, losses[0], rtol=1e-4)
 
 
 def test_gradient_does_not_depend_on_the_split(world, stage1):
@@ -724,35 +747,45 @@ def results(out):
     return [{k: v for k, v in entry.items() if k not in ("tokens_per_s", "result")} for entry in log], {k: v.tolist() for k, v in state.items()}, config["ranks"]
 
 
-MOMENTS = {
-    "a log line": lambda out, log, n: log.count("\n") > n,
-    "a save": lambda out, log, n: (out / ".unfinished").exists() and log.count("\n") > n,
-    "a rank event": lambda out, log, n: log.count('"choice"') > n % 3,
+MOMENTS = {  # of the log's lines, before and now
+    "a step": lambda out, before, now: now.count("\n") != before.count("\n"),
+    "a save": lambda out, before, now: (out / ".unfinished").exists(),
+    "a rank event": lambda out, before, now: now.count('"choice"') > before.count('"choice"'),
+    "any time": lambda out, before, now: True,
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_to_the_same_result(world, stage1, stage2, number):
-    """HYDRA_KILLS=20 pytest -k killed: so many kills at random moments, each followed by a resume."""
-    rng, out, ended = random.Random(int(number)), stage1 / f"killed-{number}", []
-    words = [str(word) for word in (sys.executable, HERE / "train.py", *flags(world, stage1, out=out, save_steps=1), "--resume")]
-    kills = int(os.environ.get("HYDRA_KILLS", 4)) // 2
-    for kill in range(kills):
-        # each time further on, so that all of the run is reached
-        moment, n = rng.choice(sorted(MOMENTS)), kill * 8 // kills + rng.randint(0, 2)
+@pytest.fixture(scope="session")
+def undisturbed(world, stage1):
+    """The flags and the result of a run over an epoch's end, with rank events, dropout and accumulation."""
+    words = flags(world, stage1, epochs=2, max_steps=15, lora_dropout=0.1, save_steps=1)
+    command(HERE / "train.py", *words, "--out", stage1 / "undisturbed")
+    return words, results(stage1 / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
+    """HYDRA_KILLS=10 pytest -k killed: so many of each signal at random moments, each followed by a resume."""
+    rng, out, (words, expected) = random.Random(int(number)), stage1 / f"killed-{number}", undisturbed
+    words = [str(word) for word in (sys.executable, HERE / "train.py", *words, "--out", out, "--resume")]
+
+    def log():
+        return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+
+    for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
+        moment, later, before = rng.choice(sorted(MOMENTS)), rng.uniform(0, 0.2), log()
         process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        log = ""
-        while process.poll() is None and not MOMENTS[moment](out, log, n):
+        while process.poll() is None and not MOMENTS[moment](out, before, log()):
             time.sleep(0.0005)
-            log = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+        time.sleep(later * (moment != "a save"))
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
-        ended.append(process.returncode)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 0), output
-        assert number == signal.SIGKILL or "go on with --resume" in output
-    assert set(hydra.list_checkpoints(out)) and ended
+        # before it has said a word nothing has begun
+        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output
+        assert process.returncode or "go on with --resume" in output or "next: python hydra.py chat" in output
+        assert not hydra.find_checkpoint(out) or final_state(out)  # what it left can be read
     command(*words[1:])
-    assert results(out) == results(stage2)
+    assert results(out) == expected
 
 
 def workers_of(process):

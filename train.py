@@ -272,7 +272,7 @@ def write_checkpoint(out, step, files, keep):
             os.fsync(handle)
             os.close(handle)
     except OSError as error:
-        raise ConfigError(f"--out {out}: checkpoint {step} cannot be written ({error.strerror}); the one before it is whole") from None
+        raise ConfigError(f"--out {out}: checkpoint {step} cannot be written ({error.strerror}); those before it are whole") from None
     for old in hydra.list_checkpoints(out)[:-keep]:
         shutil.rmtree(old)
 
@@ -899,7 +899,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, hydra.HydraError, data.DataError) as error:
+    except (ConfigError, hydra.HydraError, data.DataError, OSError) as error:
         # a reading process wraps the error in its traceback; the last line is the error itself
         lines = str(error).strip().splitlines()
         print("\n".join(["train.py: error: " + lines[-1]] if "Traceback" in str(error) else lines[:-1] + ["train.py: error: " + lines[-1]]), file=sys.stderr)
