@@ -4,8 +4,11 @@
 """
 
 import argparse
+import base64
 import copy
+import io
 import json
+import math
 import os
 import random
 import shutil
@@ -705,21 +708,27 @@ def test_published_layout_goes_through_both_stages_and_out(world, published, tmp
         run(2, "on stage 2", model=tmp_path / "stage2", stage1=None)
 
 
-def test_two_processes_equal_one(world, stage1, stage2):
+@pytest.fixture(scope="session")
+def two(world, stage1):
+    """A finished stage 2 of two processes."""
     words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2, save_steps=3, keep=3)
     command(HERE / "train.py", *words, processes=2)
     command(HERE / "train.py", *words, "--resume", processes=2)  # of a finished run: evaluates again, changes nothing
-    assert [path.name for path in hydra.list_checkpoints(stage1 / "two")] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
-    moved = shutil.copytree(stage1 / "two", stage1 / "moved")  # from two processes to one, before the last rank event
+    return stage1 / "two"
+
+
+def test_two_processes_equal_one(world, stage1, stage2, two):
+    assert [path.name for path in hydra.list_checkpoints(two)] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    moved = shutil.copytree(two, stage1 / "moved")  # from two processes to one, before the last rank event
     for step in (9, 12):
         shutil.rmtree(moved / f"checkpoint-{step}")
     command(HERE / "train.py", *flags(world, stage1, out=moved), "--resume")
     one, config_one = final_state(stage2)
-    for other, config_other in map(final_state, (stage1 / "two", moved)):
+    for other, config_other in map(final_state, (two, moved)):
         assert config_one["ranks"] == config_other["ranks"]
         for name in one:
             assert torch.allclose(one[name], other[name], atol=2e-4), name
-    losses = [[entry["held_out_loss"] for entry in results(out)[0] if "held_out_loss" in entry] for out in (stage2, stage1 / "two", moved)]
+    losses = [[entry["held_out_loss"] for entry in results(out)[0] if "held_out_loss" in entry] for out in (stage2, two, moved)]
     assert len(losses[0]) >= 7 and np.allclose(losses, losses[0], rtol=1e-4)
 
 
@@ -793,22 +802,70 @@ def workers_of(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_to_one_of_two_processes(world, stage1, number):
-    """SIGTERM stops both, saved, with exit code 0; after SIGKILL torchrun starts both anew and the run goes on."""
-    out = stage1 / f"two-{number}"
+@pytest.mark.parametrize("number, restarts", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_of_two_processes(world, stage1, two, number, restarts):
+    """SIGTERM stops both, saved, with exit code 0; SIGKILL ends both with a message, or torchrun starts both anew."""
+    out = stage1 / f"two-{number}-{restarts}"
     words = flags(world, stage1, out=out, per_device_train_batch_size=2, save_steps=1) + ["--resume"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", str(restarts)]
     process = subprocess.Popen([*launcher, str(HERE / "train.py"), *words], env={**os.environ, "OMP_NUM_THREADS": "1"},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     while process.poll() is None and not hydra.list_checkpoints(out):
         time.sleep(0.01)
     os.kill(workers_of(process)[1], number)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert ("stopped by a signal" in output) == (number == signal.SIGTERM)
-    command(HERE / "train.py", *words, processes=2)  # after SIGKILL it is finished: evaluates again
-    assert results(out)[1:] == results(stage1 / "two")[1:]
+    output = process.communicate(timeout=120 if restarts else 60)[0]
+    died = number == signal.SIGKILL and not restarts
+    assert process.returncode == died, output
+    assert ("stopped by a signal" in output, "Signal 9 (SIGKILL) received" in output) == (number == signal.SIGTERM, died)
+    command(HERE / "train.py", *words, processes=2)  # goes on; after a restart it is finished, and evaluates again
+    assert results(out)[1:] == results(two)[1:]
+
+
+def test_a_full_disk_leaves_whole_checkpoints(world, stage1, undisturbed):
+    """Full when the file-size limit is reached: an error in one line, and the run resumes to the same result."""
+    (words, expected), out = undisturbed, stage1 / "full"
+    words = [sys.executable, HERE / "train.py", *words, "--out", out, "--resume"]
+    size = (hydra.find_checkpoint(stage1 / "undisturbed") / "trainer.pt").stat().st_size
+    for limit in (size - 2000, 2000):  # of a checkpoint's last file; of config.json, later the log
+        full = subprocess.run(["bash", "-c", f"ulimit -f {limit // 1024}; exec \"$@\"", "-", *map(str, words)], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert full.returncode == 2 and full.stderr.strip().splitlines()[-1].startswith("train.py: error: "), full.stderr
+        assert "File too large" in full.stderr and "Traceback" not in full.stderr
+    command(*words[1:])
+    assert results(out) == expected
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(world, stage1, monkeypatch):
+    forward, calls = hydra.HydraVLM.forward, []
+
+    def broken(self, *args, **kwargs):
+        loss, count = forward(self, *args, **kwargs)
+        calls.extend([1] * self.training)
+        return loss * (math.inf if self.training and len(calls) in (3, 8) else 1), count
+
+    monkeypatch.setattr(hydra.HydraVLM, "forward", broken)
+    run_here(monkeypatch, *flags(world, stage1, out=stage1 / "left-out"))
+    log = results(stage1 / "left-out")[0]
+    assert [entry.get("skipped_steps", 0) for entry in log if "lr" in entry] == [1, 2, 2, 2, 2, 2]
+    assert all(math.isfinite(entry["loss"]) for entry in log if "lr" in entry)
+
+
+def test_ranks_that_differ_between_processes_stop_the_run(world, stage1, monkeypatch):
+    monkeypatch.setattr(train, "gather", lambda value: [value, "another"] if isinstance(value, str) else [value])
+    with pytest.raises(hydra.HydraError, match="step 2: ranks differ between processes"):
+        run_here(monkeypatch, *flags(world, stage1, out=stage1 / "differ"))
+
+
+def test_files_have_the_umask_and_their_place(world, stage1, stage2, tmp_path):
+    (tmp_path / "cwd").mkdir()
+    words = [*flags(world, stage1, out=tmp_path / "out", max_steps=3)]
+    script = 'umask 027; python "$0" "$@"'
+    for program, arguments in (("train.py", words), ("hydra.py", ["export", stage2, "--format", "mobilevlm", "--to", tmp_path / "to"])):
+        subprocess.run(["bash", "-c", script, HERE / program, *map(str, arguments)], cwd=tmp_path / "cwd", check=True, capture_output=True,
+                       env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path).parts[0] for path in written} == {"out", "to"}
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
 
 
 def test_compare_runs_methods_in_pairs(world, stage1):
@@ -1146,6 +1203,34 @@ def test_pictures_of_all_kinds(pictures):
             assert str(path) in str(error) and "\n" not in str(error)
             broken.append(path.name)
     assert broken == ["cut.jpg", "empty.jpg", "text.jpg"]
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_image(tmp_path, "turned.jpg").size == (30, 20)
+
+
+def test_a_bomb_in_a_table_is_refused(tmp_path):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    row = ["7", "Which?", "", "cat", "dog", "", "", "A", base64.b64encode(bomb.getvalue()).decode()]
+    write(tmp_path / "q.tsv", "\t".join(["index", "question", "hint", *"ABCD", "answer", "image"]) + "\n" + "\t".join(row) + "\n")
+    (question,) = data.read_benchmark("mmbench", tmp_path / "q.tsv")
+    with pytest.raises(data.DataError, match="400000000 pixels") as raised:
+        data.open_image(None, question["image"])
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
+
+
+def test_code_beside_a_model_is_not_run(world, tmp_path):
+    code = {"AutoTokenizer": ["code.Tokenizer", None], "AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    folder = edited(world / "llm", tmp_path / "llm", auto_map=code)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": code}))
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
+    hydra.load_mobilellama(folder)
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_lists_what_is_wrong(pictures, tmp_path):
