@@ -783,14 +783,14 @@ def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
 
     for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
         moment, later, before = rng.choice(sorted(MOMENTS)), rng.uniform(0, 0.2), log()
-        process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not MOMENTS[moment](out, before, log()):
             time.sleep(0.0005)
         time.sleep(later * (moment != "a save"))
         process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        output, errors = process.communicate(timeout=60)
         # before it has said a word nothing has begun
-        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output
+        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output + errors
         assert process.returncode or "go on with --resume" in output or "next: python hydra.py chat" in output
         assert not hydra.find_checkpoint(out) or final_state(out)  # what it left can be read
     command(*words[1:])
