@@ -579,8 +579,8 @@ class RankController:
     (else it abstains), and the predicted gain above the prediction's standard error. What the change
     brought is measured at the next event, and learned from, too (after the third there is none).
 
-    The other methods, for comparison, take one candidate at 10 % of the steps without asking: "coarse",
-    "coarse+fine" or "random".
+    The other methods, for comparison, take a candidate without asking: "coarse", "coarse+fine" or
+    "random" at 10 % of the steps, "dynamic" the coarse and fine ranks at each event.
     """
 
     EVENTS, STATIC_EVENTS, WARM_UP = (0.15, 0.30, 0.45), (0.10,), 0.05
@@ -595,7 +595,7 @@ class RankController:
             for values in ([module.cost for module in modules], [module.max_rank for module in modules])
         )
         self.method, self.budget = method, int(rank * self.costs.sum())
-        self.event_steps = [max(1, round(at * total_steps)) for at in (self.EVENTS if method == "hydra" else self.STATIC_EVENTS)]
+        self.event_steps = [max(1, round(at * total_steps)) for at in (self.EVENTS if method in ("hydra", "dynamic") else self.STATIC_EVENTS)]
         self.warm_up = round(self.WARM_UP * total_steps)
         self.predictor, self.last_change = PerformancePredictor(), None
         self.history = [{"step": 0, "ranks": self.ranks().tolist()}]
@@ -673,7 +673,7 @@ class RankController:
             if self.method == "hydra":
                 entry |= from_first(self.decide(number, loss, measure, before, importance, features, candidates, random))
             else:
-                entry["choice"] = self.method
+                entry["choice"] = self.method.replace("dynamic", "coarse+fine")
             if entry["choice"] != "stay":
                 coarse, ranks = candidates[entry["choice"]]
                 grown = self.change(coarse, ranks, importance, optimizer, torch.Generator().manual_seed(self.seed + number))

@@ -1,6 +1,7 @@
 """Tests: invariants, upstream's own outputs, and the real commands at very small size.
 
     pytest                                   HYDRA_REFERENCE=FOLDER adds the comparisons with upstream
+    python test_hydra.py --stage compare --methods lora,adalora,eva ...      train.py with further methods to compare with
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1321,3 +1323,88 @@ def test_fuzz_checkpoints(world, stage2, tmp_path, name):
             assert "\n" not in str(error)
 
     fuzz(test)
+
+
+# ---------------------------------------------------------------------------------------------
+# train.py with further methods: adalora and eva (PEFT's), and ranks given from the start
+
+
+def build_for_comparison(config, device, stage1, build=train.build_model):
+    """train.build_model for methods that are not ours; the loop then treats them as fixed LoRA.
+
+    PATTERN@WEIGHT     modules whose name matches have WEIGHT times the rank, the rest less: the same budget
+    random@SEED        random ranks, the same budget
+    adalora            starts with 1.5 times the rank, as its authors do, and ends with the budget's
+    eva                ranks and A from the singular values of activations; moves ranks, not parameters
+    """
+    method, config.method = config.method, "lora"
+    model, tokenizer = build(config, device, stage1)
+    modules = hydra.adapters(model)
+    if "@" in method:
+        pattern, weight = method.split("@")
+        controller = hydra.RankController(model, config.lora_rank, 100)
+        if pattern == "random":
+            weights = np.exp(np.random.default_rng(int(weight)).normal(0, 0.5, len(modules)))
+        else:
+            weights = np.array([float(weight) if re.search(pattern, name) else 1.0 for name in modules])
+        targets = config.lora_rank * weights.reshape(controller.costs.shape)
+        ranks = hydra.fit_to_budget(targets, controller.costs, controller.budget, controller.limits)
+        print("ranks:", ranks.tolist())
+        for module, rank in zip(modules.values(), ranks.flat):
+            module.resize(int(rank), 0)
+    elif method in ("adalora", "eva"):
+        use_peft(config, model, tokenizer, method)
+    return model, tokenizer
+
+
+def use_peft(config, model, tokenizer, method):
+    """PEFT's adapters in the place of ours."""
+    import peft
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    for name, module in hydra.adapters(model).items():
+        parent, child = name.rsplit(".", 1)
+        setattr(model.llm.get_submodule(parent), child, module.base)
+    records, _, _ = train.split_held_out(train.read_data(config)[0], max(32, config.global_batch_size))
+    batches = data.global_batches(records, config.global_batch_size, config.seed, 0)
+    steps = min(config.epochs * len(batches), config.max_steps or math.inf)
+    common = dict(target_modules=[name.split(".")[1] for name in hydra.PROJECTIONS], lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+    if method == "adalora":
+        options = dict(init_r=round(1.5 * config.lora_rank), target_r=config.lora_rank, tinit=steps // 10, tfinal=steps // 2, deltaT=10)
+        llm = peft.get_peft_model(model.llm, peft.AdaLoraConfig(**common, **options, total_step=steps))
+        step, forward = iter(range(steps)), model.forward
+
+        def regularised(*args, **kwargs):  # as AdaLoRA's own forward does it
+            loss, count = forward(*args, **kwargs)
+            grams = [p @ p.T if "lora_A" in n else p.T @ p for n, p in model.llm.named_parameters() if re.search("lora_[AB]", n)]
+            penalty = sum((gram - torch.eye(len(gram))).norm() for gram in grams) / len(grams)
+            return loss + 0.5 * penalty * count * model.training, count
+
+        model.forward = regularised
+        # after the step and before the gradients are forgotten, as its documentation asks
+        register_optimizer_step_post_hook(lambda *_: llm.base_model.update_and_allocate(next(step)))
+    else:
+        options = dict(r=config.lora_rank, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0))
+        llm = peft.get_peft_model(model.llm, peft.LoraConfig(**common, **options), low_cpu_mem_usage=True)
+        samples = train.make_samples(records, config.images, model, tokenizer, "v1")
+        inputs = []
+        for batch in batches[:32]:
+            batch = make_batch(samples, batch)
+            embeddings, mask, _ = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+            inputs.append({"inputs_embeds": embeddings.detach(), "attention_mask": mask.long(), "input_ids": mask})
+        peft.initialize_lora_eva_weights(
+            llm, inputs, forward_fn=lambda llm, x: llm(inputs_embeds=x["inputs_embeds"], attention_mask=x["attention_mask"]), show_progress_bar=False
+        )
+    model.projector.requires_grad_(True)
+
+
+def compare_further():
+    """The command line of train.py, with the methods above."""
+    named = sys.argv[sys.argv.index("--method") + 1 :][:1] if "--method" in sys.argv else []
+    train.METHODS += {*named} - {*train.METHODS}
+    train.build_model = build_for_comparison
+    train.main()
+
+
+if __name__ == "__main__":
+    compare_further()

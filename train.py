@@ -57,6 +57,9 @@ def flag(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
+METHODS = ["hydra", "lora", "full", "coarse", "coarse+fine", "dynamic", "random"]
+
+
 @dataclass
 class Config:
     """A run. The command line is made from these fields; None stands for the recipe's value."""
@@ -72,8 +75,7 @@ class Config:
     questions: str = flag(None, "JSON lines {question_id, image, text, label}, answered at the end of stage 2; eval: the benchmark's")
     out: str = flag(None, "folder of the run (default: runs/MODEL/stage1, runs/MODEL/stage2-METHOD)")
     stage1: str = flag(None, "stage 1's run, for stage 2 to start from (default: runs/MODEL/stage1, if the projector is new)")
-    method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); static ranks for comparison",
-                       choices=("hydra", "lora", "full", "coarse", "coarse+fine", "random"))
+    method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); the rest for comparison", choices=METHODS)
     lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
     lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
     lora_dropout: float = flag(None, "dropout before the adapters")
@@ -760,7 +762,7 @@ def compare(config):
         name, rate, seed = job
         method, _, rank = name.partition(":")
         folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
-        words = ["train.py", "--stage", "2", "--method", method, "--seed", str(seed), "--out", str(folder), *given]
+        words = [sys.argv[0], "--stage", "2", "--method", method, "--seed", str(seed), "--out", str(folder), *given]
         words += [] if rate is None else ["--learning_rate", str(rate)]
         words += ["--lora_rank", rank, "--lora_alpha", str(2 * int(rank))] if rank else []
         lines = data.read_json(folder / "log.jsonl", cut=True) if (folder / "log.jsonl").is_file() else []
@@ -768,7 +770,7 @@ def compare(config):
             place = places.get()
             environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             environment |= {"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, __file__, *words[1:], "--resume"], env=environment, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, *words, "--resume"], env=environment, capture_output=True, text=True)
             places.put(place)
             if done.returncode:
                 raise ConfigError(f"{' '.join(words)}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
@@ -892,15 +894,15 @@ def summary(config, progress, after, blind, seconds, event_seconds, total_second
 
 
 def main():
-    config = parse_arguments()
-    {"eval": run_benchmark, "compare": compare}.get(config.stage, run)(config)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        config = parse_arguments()
+        {"eval": run_benchmark, "compare": compare}.get(config.stage, run)(config)
     except (ConfigError, hydra.HydraError, data.DataError, OSError) as error:
         # a reading process wraps the error in its traceback; the last line is the error itself
         lines = str(error).strip().splitlines()
         print("\n".join(["train.py: error: " + lines[-1]] if "Traceback" in str(error) else lines[:-1] + ["train.py: error: " + lines[-1]]), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
