@@ -491,17 +491,19 @@ def cluster(values, k=3):
     return centres[member]
 
 
-def coarse_and_fine(scores, rank):
-    """Rank targets from scores [layers, projections] > 0: (coarse [layers, 1], both [layers, projections]).
+def coarse_and_fine(scores, costs, rank):
+    """Rank targets from the scores and component costs [layers, projections] > 0 of the modules:
+    (coarse [layers, 1], both [layers, projections]).
 
     Coarse: layers whose log scores cluster together get one rank. Fine: inside a layer each
-    projection is set against the layer's own typical score. The score, our choice, is the gradient's
-    signal-to-noise, the same for a small and a large projection; fit_to_budget then settles the sum.
+    projection is set against the layer's own typical score, and against its cost: where gains
+    flatten as log(rank) does, equal gains per parameter take equal parameters, not equal ranks.
+    The score, our choice, is the gradient's signal-to-noise. fit_to_budget settles the sum.
     """
     log = np.log(scores)
     layer = cluster(log.mean(1))[:, None]  # three kinds of layer
     coarse = rank * mild(np.exp(layer), np.exp(layer.mean()))
-    return coarse, coarse * mild(scores, np.exp(log.mean(1, keepdims=True)))
+    return coarse, coarse * mild(scores, np.exp(log.mean(1, keepdims=True))) * costs.mean(1, keepdims=True) / costs
 
 
 def fit_to_budget(targets, costs, budget, limits):
@@ -669,7 +671,7 @@ class RankController:
         if math.isfinite(loss) and self.statistics:
             random = np.random.default_rng((self.seed, number))  # nothing random outlives an event
             signal, importance, features = from_first(self.describe())
-            candidates = self.candidates(signal, before, random)
+            candidates = self.candidates(signal, features[..., -1], before, random)
             if self.method == "hydra":
                 entry |= from_first(self.decide(number, loss, measure, before, importance, features, candidates, random))
             else:
@@ -708,15 +710,17 @@ class RankController:
         entry |= {"favourite": favourite, "predicted_gain": -change, "doubt": doubt, "abstained": abstained}
         return entry | {"choice": "stay" if abstained or change + doubt >= 0 else favourite}
 
-    def candidates(self, signal, before, random):
+    def candidates(self, signal, weaker, before, random):
         """{name: (coarse [layers], ranks [layers, projections])}, all within the budget."""
-        coarse, both = coarse_and_fine(signal, self.rank)
+        coarse, both = coarse_and_fine(signal, self.costs, self.rank)
         even = np.ones_like(both)
+        worth = np.log(weaker / self.costs + 1e-12)  # of a parameter in the weaker components
         targets = {
             "coarse": (coarse, coarse * even),
             "coarse+fine": (coarse, both),
             "half way": (np.sqrt(coarse * self.rank), np.sqrt(both * before)),
             "uniform": (self.rank * even, self.rank * even),
+            "importance": (before, before * np.exp(np.clip(worth - np.median(worth), -2, 2) / 2)),
             "random": (self.rank * even, self.rank * np.exp(random.normal(0, 0.4, before.shape))),
         }
         for i in range(self.SAMPLES):  # small random moves away from what is

@@ -330,15 +330,21 @@ def test_budget_is_never_passed_and_used_to_the_last_component():
 
 
 def test_equal_scores_leave_ranks_uniform():
-    coarse, both = hydra.coarse_and_fine(np.full((4, 7), 0.3), rank=4)
+    coarse, both = hydra.coarse_and_fine(np.full((4, 7), 0.3), np.ones((4, 7)), rank=4)
     assert np.allclose(coarse, 4) and np.allclose(both, 4)
+
+
+def test_equal_scores_give_equal_parameters():
+    costs = np.array([[1, 1, 1, 1, 2, 2, 2]] * 4)
+    _, both = hydra.coarse_and_fine(np.full((4, 7), 0.3), costs, rank=4)
+    assert np.allclose(both * costs, both[0, 0])
 
 
 def test_coarse_ranks_follow_layers_and_fine_ranks_projections():
     scores = np.ones((6, 7))
     scores[4:] *= 4  # two layers matter more
     scores[:, 2] *= 2  # and one projection everywhere
-    coarse, both = hydra.coarse_and_fine(scores, rank=8)
+    coarse, both = hydra.coarse_and_fine(scores, np.ones((6, 7)), rank=8)
     assert (coarse[4:] > coarse[:4].max()).all() and len(np.unique(coarse.round(6))) == 2
     assert (both[:, 2:3] > np.delete(both, 2, axis=1)).all()
     assert both.max() <= 8 * hydra.MILD**2 and both.min() >= 8 / hydra.MILD**2
@@ -380,6 +386,16 @@ def test_predictor_error_is_that_of_refitting_without_each_row():
     assert np.isclose(error, np.sqrt(sum(errors) / weight.sum()))
 
 
+def test_a_useless_module_falls_to_rank_1_and_rises_again(world):
+    controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20)
+    ranks, weaker, seen = controller.ranks(), controller.costs * 1e-3, []
+    for worth in (1e-9, 1e-9, 1e-9, 1e-1, 1e-1):
+        weaker[0, 4] = worth * controller.costs[0, 4]
+        _, ranks = controller.candidates(np.full(ranks.shape, 0.1), weaker, ranks, np.random.default_rng(0))["importance"]
+        seen.append(ranks[0, 4])
+    assert min(seen) == 1 and seen[-1] > 4
+
+
 def test_rank_events_keep_the_invariants(world, tokenizer):
     """A short training run with a predictor that always believes: ranks must move, the budget hold."""
     model = make_model(world, rank=3)
@@ -388,7 +404,7 @@ def test_rank_events_keep_the_invariants(world, tokenizer):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = hydra.RankController(model, 3, total_steps=20)
     controller.predictor.fit = lambda: fit_and_believe(controller.predictor)
-    smallest, moved = controller.costs.min(), 0
+    moved = 0
     for step in range(20):
         loss, count = model.train()(**batch)
         (loss / count).backward()
@@ -400,10 +416,10 @@ def test_rank_events_keep_the_invariants(world, tokenizer):
             controller.change = keep_weights_until_change(controller, weights)
             entry = controller.event(step + 1, lambda: train.held_out_loss(model, [probe], torch.device("cpu")), optimizer)
             moved += entry["choice"] != "stay"
-            if entry["choice"] != "stay":
-                assert "loss_of_shrinking" in entry
+            assert ("loss_of_shrinking" in entry) == (entry["choice"] != "stay")
             assert entry["parameters"] == sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
-        assert 0 <= controller.budget - controller.parameters_used() < smallest
+        assert 0 <= controller.budget - controller.parameters_used() < controller.costs.max()
+        assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
     assert moved and len(controller.history) == 4
     assert any("realised_gain" in entry for entry in controller.history)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
