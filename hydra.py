@@ -326,6 +326,24 @@ def load_tokenizer(folder):
 # the adapter
 
 
+class DropoutLinear(torch.autograd.Function):
+    """linear(dropout(x), A), but only x and the mask are kept: x is there anyway, and shared by q, k and v."""
+
+    @staticmethod
+    def forward(ctx, x, A, p):
+        dropped, mask = torch.native_dropout(x, p, True)
+        ctx.save_for_backward(x, A, mask)
+        ctx.scale = 1 / (1 - p)
+        return F.linear(dropped, A)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A, mask = ctx.saved_tensors
+        grad_A = grad.flatten(0, -2).T @ (x * mask).to(grad.dtype).flatten(0, -2)
+        grad_x = (grad @ A.to(grad.dtype)).mul_(mask).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_A * ctx.scale, None
+
+
 class HybridLoRALinear(nn.Module):
     """A frozen linear map plus a low-rank one whose rank is the sum of two:
 
@@ -346,7 +364,7 @@ class HybridLoRALinear(nn.Module):
         self.base, self.scale, self.merged = base.requires_grad_(False), scale, False
         self.coarse_rank, self.fine_rank = coarse_rank, fine_rank
         self.check_rank(coarse_rank + fine_rank)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.lora_A = nn.Parameter(self.random_rows(self.rank))  # [r, in], fp32 whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank, device=base.weight.device))  # [out, r]
 
@@ -377,7 +395,11 @@ class HybridLoRALinear(nn.Module):
         y = self.base(x)
         if self.merged:
             return y
-        return y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        if self.training and self.dropout:
+            h = DropoutLinear.apply(x, self.lora_A, self.dropout)
+        else:
+            h = F.linear(x, self.lora_A)  # [.., r]
+        return torch.addmm(y.flatten(0, -2), self.scale * h.flatten(0, -2), self.lora_B.T).view_as(y)
 
     def delta(self):
         """The dense update [out, in] that the adapter stands for."""
@@ -845,9 +867,11 @@ class HydraVLM(nn.Module):
         targets = labels[:, 1:]  # a hidden state predicts the next token
         where = (targets != IGNORE).flatten().nonzero().squeeze(1)
         hidden = hidden[:, :-1].flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
-        logits = self.llm.lm_head(hidden).float()  # [targets, vocabulary]
-        targets = targets.flatten()[where].to(logits.device)
-        return F.cross_entropy(logits, targets, reduction="sum"), torch.tensor(len(where))
+        # in pieces, which give their gradient at once: [targets, vocabulary] is never whole
+        pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
+        targets = targets.flatten()[where].to(hidden.device)
+        loss = F.linear_cross_entropy(hidden, self.llm.lm_head.weight, targets, reduction="sum", options=pieces)
+        return loss, torch.tensor(len(where))
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, max_new_tokens=64, **options):

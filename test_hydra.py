@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1422,5 +1423,134 @@ def compare_further():
     train.main()
 
 
+# ---------------------------------------------------------------------------------------------
+# bench: our step beside the usual one, each in a process of its own
+
+
+def random_samples(count, stage, seed=0):
+    """Samples of random ids: stage 1 captions of about 25 tokens, stage 2 log-normal answers, median 150, after 30 of a question."""
+    rng, samples = np.random.default_rng(seed), []
+    for _ in range(count):
+        question = 1 if stage == 1 else 30
+        answer = int(np.clip(rng.lognormal(math.log(25 if stage == 1 else 150), 0.25 if stage == 1 else 0.9), 4, 1200))
+        ids = rng.integers(3, 32000, question + answer).tolist()
+        pixels = torch.from_numpy(rng.normal(size=(3, 168, 168)).astype(np.float32)) if stage == 1 or rng.random() < 0.94 else None
+        if pixels is not None:
+            ids.insert(1, data.IMAGE_TOKEN)
+        labels = [data.IGNORE] * (len(ids) - answer) + ids[-answer:]
+        samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    return samples
+
+
+def bench_models():
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8, max_position_embeddings=2048,
+    ))  # fmt: skip
+    clip = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=168, patch_size=14,
+    ))  # fmt: skip
+    return clip, hydra.build_projector("ldpnet", 384, 512), llm
+
+
+def our_step(stage):
+    """(order of the samples, step): what train.py does."""
+    model = hydra.HydraVLM(hydra.CLIPEncoder(*(parts := bench_models())[:1]), *parts[1:])
+    if stage == 2:
+        hydra.inject_adapters(model.llm, 32, scale=2.0, dropout=0.05)
+    hydra.freeze(model, stage, "lora")
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def order(samples):
+        records = [{"conversations": [{"value": "x" * len(s["labels"])}], **({} if s["pixel_values"] is None else {"image": ""})} for s in samples]
+        return data.global_batches(records, 8, 0, 0)
+
+    def step(samples):
+        batch = data.collate(samples)
+        del batch["bad"]
+        loss, count = model(**batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return order, step
+
+
+def usual_step(stage):
+    """(order of the samples, step): transformers and PEFT as they are mostly used, batches in random order."""
+    import peft
+
+    clip, projector, llm = bench_models()
+    for part in (clip, llm):
+        part.requires_grad_(False)
+    if stage == 2:
+        names = [name.split(".")[1] for name in hydra.PROJECTIONS]
+        llm = peft.get_peft_model(llm, peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=names))
+    optimizer = torch.optim.AdamW([p for part in (projector, llm) for p in part.parameters() if p.requires_grad], lr=1e-4)
+    llm.train()
+    pad = torch.nn.utils.rnn.pad_sequence
+
+    def step(samples):
+        pixels = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
+        with torch.no_grad():
+            features = clip(torch.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
+        images, rows, labels = iter(projector(features)), [], []
+        for s in samples:
+            ids, row_labels = torch.tensor(s["input_ids"]), torch.tensor(s["labels"])
+            embed = llm.get_input_embeddings()
+            if s["pixel_values"] is None:
+                row = embed(ids)
+            else:
+                image = next(images)
+                row = torch.cat([embed(ids[:1]), image, embed(ids[2:])])
+                row_labels = torch.cat([row_labels[:1], torch.full((len(image),), data.IGNORE), row_labels[2:]])
+            rows.append(row)
+            labels.append(row_labels)
+        mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+        labels = pad(labels, batch_first=True, padding_value=data.IGNORE)
+        llm(inputs_embeds=pad(rows, batch_first=True), attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def order(samples):
+        return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).view(-1, 8).tolist()
+
+    return order, step
+
+
+def bench_step(stage, side):
+    """Prints samples/s and the peak memory (GB): of the process, and beyond what the imports take."""
+    import peft  # on both sides, for its memory
+
+    torch.set_num_threads(2)
+    samples = random_samples(64, stage)
+    order, step = {"ours": our_step, "usual": usual_step}[side](stage)
+    built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batches = [[samples[i] for i in batch] for batch in order(samples)]
+    step(batches[0])
+    started = time.perf_counter()
+    for batch in batches:
+        step(batch)
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([len(samples) / seconds, peak / 2**20, (peak - built) / 2**20]))
+
+
+def bench():
+    """Each side in its own process, in turns; the median of three."""
+    if len(sys.argv) > 2:
+        return bench_step(int(sys.argv[2]), sys.argv[3])
+    print(f"{'':9}{'':>16}{'ours':>10}{'usual':>10}{'ratio':>8}")
+    for stage in (2, 1):
+        runs = {"ours": [], "usual": []}
+        for _ in range(3):
+            for side in runs:
+                words = [sys.executable, __file__, "bench", str(stage), side]
+                runs[side].append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+        ours, usual = (np.median(runs[side], axis=0) for side in runs)
+        for name, a, b in zip(("samples/s", "peak GB", "without imports"), ours, usual):
+            print(f"stage {stage}  {name:>16}{a:10.2f}{b:10.2f}{a / b:8.2f}", flush=True)
+
+
 if __name__ == "__main__":
-    compare_further()
+    bench() if sys.argv[1:2] == ["bench"] else compare_further()
