@@ -246,6 +246,28 @@ def test_adapter_equals_its_dense_sum():
     assert torch.allclose(adapter(x), dense, atol=1e-5)
 
 
+def test_dropout_keeps_its_input_and_a_mask_and_no_more():
+    adapter, x = make_adapter(dropout=0.3)
+    x.requires_grad_()
+    saved = []
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = adapter.train()(x)
+    weights = {p.data_ptr() for p in adapter.parameters()}
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved if t.data_ptr() not in weights}
+    assert x.untyped_storage().data_ptr() in kept and sum(kept.values()) == 35 * (24 * 4 + 24 + 4 * 4)  # x, mask, h: 35 tokens
+    torch.manual_seed(5)
+    _, mask = torch.native_dropout(x, 0.3, True)
+    plain = adapter.base(x) + adapter.scale * (x * mask / 0.7) @ adapter.lora_A.T @ adapter.lora_B.T
+    assert torch.allclose(y, plain, atol=1e-5) and 0.5 < mask.float().mean() < 0.9
+    inputs, g = (x, adapter.lora_A, adapter.lora_B), torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(plain, inputs, g)):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(adapter(x).float().sum(), inputs)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
 @torch.no_grad()
 def test_merge_and_unmerge():
     adapter, x = make_adapter()
@@ -478,19 +500,30 @@ def test_splice_puts_image_tokens_in_place(world, tokenizer):
         model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"][:1])
 
 
-def test_loss_equals_cross_entropy_of_all_logits(world, tokenizer):
-    model = make_model(world, rank=2)
-    samples = make_samples(world, tokenizer, 4)
-    batch = make_batch(samples, range(4))
-    shapes = []
-    model.llm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+@pytest.mark.parametrize("method", ["hydra", "full"])
+def test_loss_and_gradient_equal_the_plain_ones(world, tokenizer, monkeypatch, method):
+    """Against CLIP run whole, an attention mask, all logits, and a loss over all positions."""
+    model = make_model(world, rank=0 if method == "full" else 2, method=method)
+    batch = make_batch(make_samples(world, tokenizer, 4), range(4))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    compiled, shapes = torch.nn.functional.linear_cross_entropy, []
+
+    def watched(hidden, *args, **kwargs):
+        shapes.append(hidden.shape)
+        return compiled(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", watched)
     loss, count = model(**batch)
-    targets = (batch["labels"][:, 1:] != data.IGNORE).sum()
-    assert count == targets and shapes == [(targets, len(tokenizer))]  # never [B, T, vocabulary]
-    _, _, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
-    logits = model(**{**batch, "labels": None})
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    assert torch.allclose(loss, expected, rtol=1e-5)
+    gradient = torch.autograd.grad(loss, trained.values())
+    assert count == (batch["labels"][:, 1:] != data.IGNORE).sum() and shapes == [(count, 32)]  # no logits without a target
+    clip = model.clip.clip
+    monkeypatch.setattr(hydra.CLIPEncoder, "forward", lambda _, pixels: clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
+    embeddings, mask, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
+    logits = model.llm(inputs_embeds=embeddings, attention_mask=mask.long()).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert torch.allclose(plain, loss, rtol=1e-5)
+    for name, ours, theirs in zip(trained, gradient, torch.autograd.grad(plain, trained.values())):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name
 
 
 def test_generation_in_a_batch_equals_one_by_one(world, tokenizer):
@@ -1521,8 +1554,7 @@ def usual_step(stage):
 
 def bench_step(stage, side):
     """Prints samples/s and the peak memory (GB): of the process, and beyond what the imports take."""
-    import peft  # on both sides, for its memory
-
+    __import__("peft")  # on both sides, for its memory
     torch.set_num_threads(2)
     samples = random_samples(64, stage)
     order, step = {"ours": our_step, "usual": usual_step}[side](stage)
