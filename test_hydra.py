@@ -1379,6 +1379,9 @@ def test_fuzz_checkpoints(world, stage2, tmp_path, name):
 # train.py with further methods: adalora and eva (PEFT's), and ranks given from the start
 
 
+OURS = tuple(train.METHODS)
+
+
 def build_for_comparison(config, device, stage1, build=train.build_model):
     """train.build_model for methods that are not ours; the loop then treats them as fixed LoRA.
 
@@ -1387,6 +1390,8 @@ def build_for_comparison(config, device, stage1, build=train.build_model):
     adalora            starts with 1.5 times the rank, as its authors do, and ends with the budget's
     eva                ranks and A from the singular values of activations; moves ranks, not parameters
     """
+    if config.method in OURS:
+        return build(config, device, stage1)
     method, config.method = config.method, "lora"
     model, tokenizer = build(config, device, stage1)
     modules = hydra.adapters(model)
@@ -1451,7 +1456,7 @@ def use_peft(config, model, tokenizer, method):
 def compare_further():
     """The command line of train.py, with the methods above."""
     named = sys.argv[sys.argv.index("--method") + 1 :][:1] if "--method" in sys.argv else []
-    train.METHODS += {*named} - {*train.METHODS}
+    train.METHODS += {*named} - {*OURS}
     train.build_model = build_for_comparison
     train.main()
 
