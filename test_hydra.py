@@ -1,6 +1,7 @@
 """Tests: invariants, upstream's own outputs, and the real commands at very small size.
 
     pytest                                   HYDRA_REFERENCE=FOLDER adds the comparisons with upstream
+    python test_hydra.py bench               our step, adapter and images beside the usual ones (needs peft)
     python test_hydra.py --stage compare --methods lora,adalora,eva ...      train.py with further methods to compare with
 """
 
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -140,6 +142,8 @@ def test_checkpoint_matches_upstream():
     model, tokenizer, image_transform = hydra.load_checkpoint(folder / "mobilevlm", vision_tower=folder / "clip")
     pixels = image_transform(Image.open(folder / "image.png").convert("RGBA"), "pad")[None]
     assert (pixels - expected["pixel_values"]).abs().max() <= 2 / 255 / min(data.CLIP_STD)
+    assert model.generate(expected["input_ids"], None, pixels, max_new_tokens=12)[0].tolist() == expected["greedy"].tolist()
+    pixels = expected["pixel_values"]  # what follows is the model's
     assert torch.allclose(model.clip(pixels), expected["vision_features"], atol=1e-4)
     assert torch.allclose(model.projector(model.clip(pixels)), expected["image_tokens"], atol=1e-4)
     question = "<image>\n" + json.loads((folder / "prompt.json").read_text())["question"]
@@ -150,7 +154,6 @@ def test_checkpoint_matches_upstream():
     assert torch.allclose(logits[-1], expected["last_logits"][0], atol=1e-4, rtol=0)
     loss, count = model(expected["input_ids"], None, pixels, expected["labels"])
     assert abs(loss / count - expected["loss"]) <= 1e-4
-    assert model.generate(expected["input_ids"], None, pixels, max_new_tokens=12)[0].tolist() == expected["greedy"].tolist()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,6 +206,16 @@ def test_prompt_is_the_start_of_its_training_sample(tokenizer):
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_images_of_any_shape(size, mode):
     assert data.image_to_tensor(Image.new("RGB", size), 32, mode).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_large_jpegs_are_decoded_at_less_than_their_size(tmp_path, mode):
+    noise = Image.effect_noise((90, 60), 90).resize((900, 600), Image.Resampling.BICUBIC).convert("RGB")
+    noise.save(tmp_path / "large.jpg", quality=95)
+    whole, drafted = data.open_image(tmp_path, "large.jpg"), data.open_image(tmp_path, "large.jpg", 56)
+    assert whole.size == (900, 600) and drafted.size == (225, 150)
+    difference = (data.image_to_tensor(whole, 56, mode) - data.image_to_tensor(drafted, 56, mode)).abs()
+    assert difference.max() <= 2 / 255 / min(data.CLIP_STD)
 
 
 def test_sampler_drops_nothing_and_groups():
@@ -1558,7 +1571,7 @@ def usual_step(stage):
 
 
 def bench_step(stage, side):
-    """Prints samples/s and the peak memory (GB): of the process, and beyond what the imports take."""
+    """Prints samples/s and the peak memory (GB): of the process, and beyond what it has once the model is built."""
     __import__("peft")  # on both sides, for its memory
     torch.set_num_threads(2)
     samples = random_samples(64, stage)
@@ -1573,11 +1586,74 @@ def bench_step(stage, side):
     print(json.dumps([len(samples) / seconds, peak / 2**20, (peak - built) / 2**20]))
 
 
+def in_turns(ours, usual, times=5):
+    """Median seconds of each, run in turns."""
+    seconds = [[], []]
+    for _ in range(times):
+        for side, function in zip(seconds, (ours, usual)):
+            started = time.perf_counter()
+            function()
+            side.append(time.perf_counter() - started)
+    return map(np.median, seconds)
+
+
+def bench_images():
+    """640 × 480 JPEGs to 336 px in stage 2's mode, one thread; usual: Pillow and transformers' CLIPImageProcessor."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.set_num_threads(1)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(32):
+            noise = sum(np.asarray(Image.effect_noise((640 // k, 480 // k), 60 + k).resize((640, 480), 3), dtype=float) for k in (1, 4, 16, 64)) / 4
+            Image.fromarray(noise.astype(np.uint8)).convert("RGB").save(f"{folder}/{i}.jpg", quality=90)
+
+        def ours():
+            return [data.image_to_tensor(data.open_image(folder, f"{i}.jpg", 336), 336, "pad") for i in range(32)]
+
+        def usual():
+            tensors = []
+            for i in range(32):
+                image = Image.open(f"{folder}/{i}.jpg").convert("RGB")
+                square = Image.new("RGB", (640, 640), tuple(int(255 * channel) for channel in data.CLIP_MEAN))
+                square.paste(image, (0, 80))
+                tensors.append(processor(square, return_tensors="pt")["pixel_values"][0])
+            return tensors
+
+        a, b = in_turns(ours, usual)
+        difference = max((x - y).abs().max().item() for x, y in zip(ours(), usual())) * 255 * max(data.CLIP_STD)
+    print(f"images    {'images/s, 1 core':>18}{32 / a:10.1f}{32 / b:10.1f}{b / a:8.2f}   largest difference {difference:.1f} / 255")
+
+
+def bench_adapter():
+    """Forward and backward of one adapter, 2048 -> 5632, r = 128, dropout 0.05, 4,096 tokens; usual: PEFT's Linear."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    torch.set_num_threads(2)
+    base, options = torch.nn.Linear(2048, 5632, bias=False), dict(r=128, lora_alpha=256, lora_dropout=0.05)
+    usual, ours = Linear(base, "default", LoraConfig(**options), **options).train(), hydra.HybridLoRALinear(base, 128, scale=2.0).train()
+    x, g = torch.randn(4096, 2048, requires_grad=True), torch.randn(4096, 5632)
+
+    def kept(module):
+        """MB that the forward pass keeps for the backward pass, weights apart."""
+        storages, weights = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage()}) or t, lambda t: t):
+            module(x)
+        return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights) / 1e6
+
+    a, b = in_turns(lambda: ours(x).backward(g), lambda: usual(x).backward(g))
+    print(f"adapter   {'seconds':>18}{a:10.3f}{b:10.3f}{a / b:8.2f}")
+    print(f"adapter   {'MB kept':>18}{kept(ours):10.1f}{kept(usual):10.1f}{kept(ours) / kept(usual):8.2f}")
+
+
 def bench():
-    """Each side in its own process, in turns; the median of three."""
+    """Ours beside the usual way; steps each in a process of its own, in turns, the median of three."""
     if len(sys.argv) > 2:
         return bench_step(int(sys.argv[2]), sys.argv[3])
-    print(f"{'':9}{'':>16}{'ours':>10}{'usual':>10}{'ratio':>8}")
+    print(f"{'':10}{'':>18}{'ours':>10}{'usual':>10}{'ratio':>8}")
+    bench_images()
+    bench_adapter()
     for stage in (2, 1):
         runs = {"ours": [], "usual": []}
         for _ in range(3):
@@ -1585,8 +1661,8 @@ def bench():
                 words = [sys.executable, __file__, "bench", str(stage), side]
                 runs[side].append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
         ours, usual = (np.median(runs[side], axis=0) for side in runs)
-        for name, a, b in zip(("samples/s", "peak GB", "without imports"), ours, usual):
-            print(f"stage {stage}  {name:>16}{a:10.2f}{b:10.2f}{a / b:8.2f}", flush=True)
+        for name, a, b in zip(("samples/s", "GB of the process", "GB beyond weights"), ours, usual):
+            print(f"stage {stage}   {name:>18}{a:10.2f}{b:10.2f}{a / b:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
