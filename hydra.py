@@ -269,6 +269,14 @@ def build(loader, config, weights, source):
     return loader.from_pretrained(None, config=config, state_dict=weights, dtype=next(iter(weights.values())).dtype)
 
 
+def build_random(loader, dtype, **shape):
+    """A transformers model of a given shape with random weights, for benchmarks."""
+    with torch.device("meta"):
+        own = loader(loader.config_class(**shape)).state_dict()
+    weights = {name: torch.ones(t.shape, dtype=dtype) if t.ndim == 1 else torch.empty(t.shape, dtype=dtype).normal_(std=0.02) for name, t in own.items()}
+    return build(loader, shape, weights, "random weights")
+
+
 def load_clip(name_or_dir, dtype=torch.float32, weights=None):
     """CLIPEncoder from a folder or hub id; with weights {name: tensor} the folder gives the config alone."""
     folder, config = open_folder(name_or_dir)
@@ -853,13 +861,15 @@ class HydraVLM(nn.Module):
             embeddings = embeddings + 0 * self.projector(nothing.to(device)).sum().to(embeddings.dtype)
         return embeddings, mask, None if labels is None else expand(labels, IGNORE)
 
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, labels=None, embeddings=None):
         """With labels (loss_sum, target_count), else the logits [B, T', vocabulary].
 
+        Embeddings [B, T', D], with their labels, stand for what splice makes of the rest.
         The loss is a sum, and taken from the hidden states at target positions alone: how a global
         batch is split then does not matter, and no [B, T', vocabulary] tensor is made.
         """
-        embeddings, mask, labels = self.splice(input_ids, attention_mask, pixel_values, labels)
+        if embeddings is None:
+            embeddings, _, labels = self.splice(input_ids, attention_mask, pixel_values, labels)
         # right-padded and causal: no token that counts sees the padding, so attention needs no mask
         hidden = self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state  # [B, T', D]
         if labels is None:

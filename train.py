@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -40,6 +41,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -94,6 +96,7 @@ class Config:
     num_workers: int = flag(None, "processes that read images ahead (default: 4 per GPU, 0 without GPU)")
     log_steps: int = flag(20, "steps between log lines")
     eval_steps: int = flag(None, "steps between evaluations (default: four in a run)")
+    benchmark_steps: int = flag(None, "time so many steps on random weights and records, print the speed, keep nothing")
     save_steps: int = flag(500, "steps between checkpoints")
     keep: int = flag(1, "checkpoints to keep, the newest ones")
     max_bad: float = flag(0.001, "share of an epoch's records whose image may turn out to be broken")
@@ -119,6 +122,15 @@ RECIPES = {
     ("3b", 2): dict(learning_rate=2e-4, **PUBLISHED),
 }  # fmt: skip
 FULL_LEARNING_RATE = {"tiny": 1e-3, "1.7b": 2e-5, "3b": 4e-5}
+SHAPES = {  # of CLIP and the LLM, for --benchmark_steps
+    "tiny": (dict(hidden_size=96, intermediate_size=192, num_attention_heads=4, num_hidden_layers=3, image_size=48, patch_size=8),
+             dict(vocab_size=544, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512)),
+    "1.7b": (dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, image_size=336, patch_size=14),
+             dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16)),
+    "3b": (dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, image_size=336, patch_size=14),
+           dict(hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=32)),
+}  # fmt: skip
+BENCHMARK_WARM_UP = 3  # steps before the clock starts
 LLAMA = {"1.7b": "mtgv/MobileLLaMA-1.4B-Chat", "3b": "mtgv/MobileLLaMA-2.7B-Chat"}
 TOY = Path("runs/tiny/world")
 
@@ -416,7 +428,7 @@ def accuracy(answered):
 
 def find_stage1(config):
     """Stage 1's checkpoint for stage 2 to start from; None where the projector is trained already."""
-    if config.stage == 1 or Path(config.projector or "").is_file():
+    if config.stage == 1 or config.benchmark_steps or Path(config.projector or "").is_file():
         return None
     if not config.stage1 and config.model not in ("tiny", *LLAMA) and hydra.open_folder(config.model)[1].get("model_type") != "llama":
         return None
@@ -428,6 +440,9 @@ def find_stage1(config):
 
 def read_data(config):
     """(records, questions), checked before any weight is loaded; the toy world is made on the way."""
+    if config.benchmark_steps:
+        config.max_steps = BENCHMARK_WARM_UP + config.benchmark_steps
+        return data.random_records(config.stage, (config.max_steps + 2) * config.global_batch_size + max(32, config.global_batch_size)), []
     if config.model == "tiny":
         on_first_process(partial(data.make_world, TOY))
         config.vision_tower = config.vision_tower or str(TOY / "clip")
@@ -449,7 +464,10 @@ def build_model(config, device, stage1):
     source = TOY / "llm" if config.model == "tiny" else LLAMA.get(config.model, config.model)
     saved = hydra.read_config(stage1) if stage1 else {"projector": None}
     dtype = torch.float32 if config.method == "full" else frozen_dtype(device)
-    model, tokenizer, _ = hydra.load_checkpoint(source, config.vision_tower, config.projector or saved["projector"], dtype)
+    if config.benchmark_steps:
+        model, tokenizer = build_random(config, dtype)
+    else:
+        model, tokenizer, _ = hydra.load_checkpoint(source, config.vision_tower, config.projector or saved["projector"], dtype)
     model.projector.float()  # what trains is always fp32
     if model.stage == 2:
         raise ConfigError(f"--model {source}: has been through stage 2; first: python hydra.py export {source} --format mobilevlm --to DIR")
@@ -468,6 +486,19 @@ def build_model(config, device, stage1):
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
+
+
+def build_random(config, dtype):
+    """(model, tokenizer) of --model's shapes with random weights; the tokenizer is the toy world's, of 544 words."""
+    if config.model not in SHAPES:
+        raise ConfigError(f"--benchmark_steps: knows the shapes of {', '.join(SHAPES)}, not of --model {config.model}")
+    clip, llm = SHAPES[config.model]
+    clip = hydra.CLIPEncoder(hydra.build_random(hydra.CLIPVisionModel, dtype, **clip))
+    projector = hydra.build_projector(config.projector or "ldpnet", clip.clip.config.hidden_size, llm["hidden_size"])
+    model = hydra.HydraVLM(clip, projector, hydra.build_random(hydra.LlamaForCausalLM, dtype, **llm))
+    model.stage, model.origin = 0, {"model": "random", "vision_tower": "random"}
+    with tempfile.TemporaryDirectory() as folder:
+        return model, data.train_tokenizer(Path(folder))
 
 
 def make_samples(records, images, model, tokenizer, template, replace=True):
@@ -503,7 +534,8 @@ def run(config):
     rank, world_size, device = set_up_processes()
     complete(config, world_size)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # DDP copies; nothing is lost
-    out, begun, stop_signals = Path(config.out), time.time(), []
+    scratch = tempfile.TemporaryDirectory() if config.benchmark_steps else None
+    out, begun, stop_signals = Path(scratch.name if scratch else config.out), time.time(), []
     for number in (signal.SIGTERM, signal.SIGINT):  # a step that has begun is finished and saved
         signal.signal(number, lambda *_: stop_signals.append(1))
     checkpoint = hydra.find_checkpoint(out)
@@ -513,7 +545,8 @@ def run(config):
 
     # data and model
     records, questions = read_data(config)
-    train, probe, validation = split_held_out(records, max(32, config.global_batch_size))
+    probes = max(32, config.global_batch_size)
+    train, probe, validation = (records[probes:], records[:probes], []) if config.benchmark_steps else split_held_out(records, probes)
     model, tokenizer = build_model(config, device, stage1)
     description = describe(config, model)
     if checkpoint:
@@ -547,7 +580,7 @@ def run(config):
 
     steps_per_epoch = len(batches_of_epoch(0))
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    eval_steps = config.eval_steps or math.ceil(total_steps / 4)
+    eval_steps = total_steps if config.benchmark_steps else config.eval_steps or math.ceil(total_steps / 4)
 
     def micro_batches(step):
         """Record indices of one step: [passes][processes] lists."""
@@ -611,9 +644,9 @@ def run(config):
         samples(train), batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
         collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda",
     ))  # fmt: skip
-    if not checkpoint:
+    if not checkpoint and validation:
         progress["before"] = evaluate(0, [])["held_out_loss"]
-    elif first % eval_steps == 0 and progress["evaluated"] < first < total_steps:  # a signal came between
+    elif checkpoint and first % eval_steps == 0 and progress["evaluated"] < first < total_steps:  # a signal came between
         evaluate(first, questions[:120])
     writer, saving = ThreadPoolExecutor(1), Future()
     saving.set_result(None)
@@ -622,8 +655,8 @@ def run(config):
     # sums since the last log line, and the steps left out: the host asks for them when it logs, and not before
     loss, targets, skipped, in_a_row = torch.zeros(4, dtype=torch.float64, device=device)
     skipped, in_a_row = skipped + progress["skipped"], in_a_row + progress["in_a_row"]
-    tokens, event_seconds, started = 0, 0.0, time.time()
-    since, stop = started, False
+    seen, event_seconds, started = Counter(), 0.0, time.time()
+    since, tokens, stop = started, 0, False
     bar = tqdm(total=total_steps, initial=first, disable=None if rank == 0 else True, unit="step")
     for step in range(first, total_steps):
         rate = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
@@ -635,7 +668,9 @@ def run(config):
         # gradients of the loss summed over the global batch
         passes, step_loss, count, bad = micro_batches(step), 0.0, 0, []
         for i in range(len(passes)):
+            asked = time.time()
             batch = next(loader)
+            seen["wait"] += time.time() - asked
             bad += batch.pop("bad")
             if world_size > 1:
                 ddp.require_backward_grad_sync = i == len(passes) - 1  # one exchange per step, not per pass
@@ -643,7 +678,8 @@ def run(config):
                 batch_loss, batch_count = ddp(**batch)
             batch_loss.backward()
             step_loss, count = step_loss + batch_loss.detach(), count + batch_count
-            tokens += data.count_tokens(batch, model.image_tokens)
+            lengths = data.count_tokens(batch, model.image_tokens)
+            seen.update(samples=len(lengths), tokens=int(lengths.sum()), places=len(lengths) * int(lengths.max()))
 
         # divided once by its number of targets, so that the split does not matter; DDP averages, hence world_size
         all_targets, all_bad, stop = sum_over_processes(count, len(bad), bool(stop_signals))
@@ -674,7 +710,10 @@ def run(config):
                 )
         if controller and done in controller.event_steps:
             event_started = time.time()
-            entry = controller.event(done, partial(held_out_loss, model, probe, device), optimizer)
+            with torch.no_grad(), autocast(device):  # the same in all of the event's measurements
+                spliced = [model.splice(**batch) for batch in probe]
+            spliced = [{"embeddings": embeddings, "labels": labels} for embeddings, _, labels in spliced]
+            entry = controller.event(done, partial(held_out_loss, model, spliced, device), optimizer)
             if len(set(gather(controller.checksum()))) > 1:
                 raise hydra.HydraError(f"step {done}: ranks differ between processes; continue from the last checkpoint with --resume")
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -693,9 +732,9 @@ def run(config):
             entry = {"step": done, "loss": progress["loss"] / max(progress["targets"], 1), "lr": rate}
             entry |= {"skipped_steps": progress["skipped"]} if progress["skipped"] else {}
             progress |= {"loss": 0.0, "targets": 0.0}
-            (seen,), now = sum_over_processes(tokens), time.time()
-            speed, left = seen / (now - since), (now - started) / (done - first) * (total_steps - done)
-            tokens, since = 0, now
+            (total,), now = sum_over_processes(seen["tokens"]), time.time()
+            speed, left = (total - tokens) / (now - since), (now - started) / (done - first) * (total_steps - done)
+            tokens, since = total, now
             say(f"{100 * done / total_steps:5.1f}%  loss {entry['loss']:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {left:.0f} s left")
             log(entry | {"tokens_per_s": round(speed)})
             if progress["in_a_row"] > 10:
@@ -703,7 +742,10 @@ def run(config):
                 raise ConfigError(f"step {done}: no finite gradient for {progress['in_a_row']} steps; lower --learning_rate, or look at records {names}")
         if done % eval_steps == 0 and done < total_steps and not stop:
             evaluate(done, questions[:120])
-        if (is_saved or stop) and rank == 0:
+        if config.benchmark_steps and done == BENCHMARK_WARM_UP:
+            float(loss)  # until the device has caught up
+            seen, event_seconds, tokens, since, started = Counter(), 0.0, 0, time.time(), time.time()
+        if (is_saved or stop) and rank == 0 and not scratch:
             saving.result()  # the one before is whole, or its error ends the run
             saving = writer.submit(write_checkpoint, out, done, checkpoint_files(model, optimizer, controller, progress, description), config.keep)
         if stop:
@@ -712,7 +754,9 @@ def run(config):
     seconds = time.time() - started
 
     saving.result()
-    if stop:
+    if config.benchmark_steps:
+        say(speed_table(config, model, batch, seen, seconds, event_seconds, device))
+    elif stop:
         say(f"stopped by a signal after step {done}: saved {out / f'checkpoint-{done}'}; go on with --resume")
     else:
         after = evaluate(total_steps, questions)
@@ -875,6 +919,35 @@ def describe_event(entry):
         for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
             text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
     return text
+
+
+def speed_table(config, model, batch, seen, seconds, event_seconds, device):
+    """What --benchmark_steps prints. FLOPs are those of the last batch, counted by PyTorch: products and attention."""
+    dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 2048)
+    a, fastest = torch.randn(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(5):
+        begun = time.time()
+        float((a @ a)[0, 0])  # waits for the device
+        fastest = min(fastest, time.time() - begun)
+    peak = 2 * n**3 / fastest
+    with FlopCounterMode(display=False) as counter, autocast(device):
+        model(**batch)[0].backward()
+    flops = counter.get_total_flops() / int(data.count_tokens(batch, model.image_tokens).sum())  # per token
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    samples, tokens, places, wait, peak, processes = sum_over_processes(*(seen[key] for key in ("samples", "tokens", "places", "wait")), peak, 1)
+    steps = seconds - event_seconds
+    whole = steps * 665_000 / samples
+    rows = {
+        "samples/s": f"{samples / steps:.2f}",
+        "tokens/s": f"{tokens / steps:,.0f}",
+        "utilisation": f"{100 * flops * tokens / steps / peak:.1f} % of {peak / 1e12:.2f} TFLOP/s, measured in {str(dtype)[6:]}; {flops / 1e9:.3f} GFLOP per token",
+        "peak memory": f"{memory / 1e9:.2f} GB per process",
+        "padding": f"{100 * (1 - tokens / places):.1f} %",
+        "waiting for data": f"{100 * wait / processes / steps:.1f} %",
+        "rank events": f"{event_seconds:.2f} s in all, {100 * event_seconds / (event_seconds + whole):.1f} % of a run over 665,000 records",
+    }
+    asked = "captions of about 25 words" if config.stage == 1 else "answers log-normal, median 150 words, σ 0.9; 94 % with an image"
+    return "\n".join([f"{config.benchmark_steps} steps after {BENCHMARK_WARM_UP}; {asked}; 640 x 480 JPEGs"] + [f"{key:18}{row}" for key, row in rows.items()])
 
 
 def summary(config, progress, after, blind, seconds, event_seconds, total_seconds):
