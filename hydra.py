@@ -849,9 +849,9 @@ class HydraVLM(nn.Module):
             return out
 
         ids = expand(input_ids, 0)
-        embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device))  # [B, T', D]
+        embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
-            tokens = self.projector(self.clip(pixel_values.to(device)))  # [N, 144, D]
+            tokens = self.projector(self.clip(pixel_values.to(device, non_blocking=True)))  # [N, 144, D]
             where = (ids == IMAGE_TOKEN).flatten().nonzero().squeeze(1).to(device)
             flat = embeddings.flatten(0, 1).index_copy(0, where, tokens.flatten(0, 1).to(embeddings.dtype))
             embeddings = flat.view_as(embeddings)
@@ -877,10 +877,14 @@ class HydraVLM(nn.Module):
         targets = labels[:, 1:]  # a hidden state predicts the next token
         where = (targets != IGNORE).flatten().nonzero().squeeze(1)
         hidden = hidden[:, :-1].flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
-        # in pieces, which give their gradient at once: [targets, vocabulary] is never whole
-        pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
-        targets = targets.flatten()[where].to(hidden.device)
-        loss = F.linear_cross_entropy(hidden, self.llm.lm_head.weight, targets, reduction="sum", options=pieces)
+        targets, head = targets.flatten()[where].to(hidden.device), self.llm.lm_head
+        # in pieces: [targets, vocabulary] is never whole
+        if torch.is_grad_enabled():  # each gives its gradient at once; in bf16 the sum, too, is bf16, which only the log sees
+            pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
+            loss = F.linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, targets, reduction="sum", options=pieces).float()
+        else:
+            pieces = zip(hidden.split(1024), targets.split(1024))
+            loss = sum(F.cross_entropy(head(h).float(), t, reduction="sum") for h, t in pieces)
         return loss, torch.tensor(len(where))
 
     @torch.no_grad()

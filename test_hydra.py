@@ -539,6 +539,26 @@ def test_loss_and_gradient_equal_the_plain_ones(world, tokenizer, monkeypatch, m
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("method", ["hydra", "full"])
+def test_bf16_gives_fp32_gradients_near_the_exact_ones(world, tokenizer, method):
+    """As on a GPU: what is frozen in bf16, what trains in fp32, products in bf16."""
+    batch, gradients = make_batch(make_samples(world, tokenizer, 4), range(4)), []
+    for is_half in (False, True):
+        model = make_model(world, rank=0 if method == "full" else 2, method=method)
+        for parameter in model.parameters():
+            if is_half and not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            loss, count = model(**batch)
+            with torch.no_grad():
+                assert loss.dtype == torch.float32 and torch.allclose(loss, model(**batch)[0], rtol=1e-2)
+        (loss / count).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.grad.dtype == torch.float32 for p in trained)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
 def test_generation_in_a_batch_equals_one_by_one(world, tokenizer):
     model = make_model(world, rank=2).eval()
     questions = [json.loads(line) for line in (world / "questions.jsonl").read_text().splitlines()][:6]
@@ -933,6 +953,15 @@ def test_files_have_the_umask_and_their_place(world, stage1, stage2, tmp_path):
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
 
 
+@pytest.mark.parametrize("stage, processes", [(1, 1), (2, 2)])
+def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path, stage, processes):
+    output = command(HERE / "train.py", "--stage", stage, "--benchmark_steps", 3, "--global_batch_size", 4, processes=processes, folder=tmp_path)
+    rows = output[output.index("3 steps after 3") :].splitlines()
+    names = ["samples/s", "tokens/s", "utilisation", "peak memory", "padding", "waiting for data", "rank events"]
+    assert [row[:18].strip() for row in rows[1:8]] == names and not list(tmp_path.iterdir())
+    assert float(rows[1][18:]) > 0 and output.count("rank event at step") == 3 * (stage == 2)
+
+
 def test_compare_runs_methods_in_pairs(world, stage1):
     words = flags(world, stage1, out=stage1 / "compare", max_steps=6, seeds=2, methods="lora,hydra:1", learning_rates="1e-2,1e-3")
     words = [word for i in range(0, len(words), 2) if words[i] not in ("--stage", "--learning_rate") for word in words[i : i + 2]]
@@ -1154,6 +1183,7 @@ def test_bad_images(tmp_path, monkeypatch):
     (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1"),
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
+    (dict(benchmark_steps=3), "--benchmark_steps: knows the shapes of tiny, 1.7b, 3b, not of --model"),
 ])  # fmt: skip
 def test_bad_flags(world, stage1, tmp_path, monkeypatch, changed, message):
     with pytest.raises((train.ConfigError, hydra.HydraError, data.DataError), match=message):
@@ -1206,15 +1236,17 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(world, stage1, st
             run_here(monkeypatch, *flags(world, stage1, out=stage2, **changed))
 
 
-def test_an_error_is_one_line_and_exit_code_2(world, tmp_path):
+def test_an_error_is_one_line_and_exit_code_2(world, tmp_path, monkeypatch):
     for words in (
         [HERE / "train.py", *flags(world, tmp_path)],
         [HERE / "hydra.py", "chat", tmp_path, "--image", "x.png", "--prompt", "What?"],
         [HERE / "data.py", "show", "--data", tmp_path / "no.json", "--images", tmp_path],
+        [HERE / "data.py", "bench", "--images", tmp_path],
     ):
         output = command(*words, code=2)
         assert len([line for line in output.splitlines() if "error" in line]) == 1 and "Traceback" not in output
-    assert "unrecognized arguments: --lora_rnk" in command(HERE / "train.py", "--stage", 1, "--lora_rnk", 4, code=2)
+    with pytest.raises(train.ConfigError, match="unrecognized arguments: --lora_rnk"):
+        run_here(monkeypatch, "--stage", "1", "--lora_rnk", "4")
 
 
 # ---------------------------------------------------------------------------------------------
