@@ -922,7 +922,10 @@ def describe_event(entry):
 
 
 def speed_table(config, model, batch, seen, seconds, event_seconds, device):
-    """What --benchmark_steps prints. FLOPs are those of the last batch, counted by PyTorch: products and attention."""
+    """What --benchmark_steps prints.
+
+    FLOPs are those of the last batch, as PyTorch counts them (products; attention on a GPU alone), and the vocabulary's.
+    """
     dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 2048)
     a, fastest = torch.randn(n, n, dtype=dtype, device=device), math.inf
     for _ in range(5):
@@ -931,8 +934,10 @@ def speed_table(config, model, batch, seen, seconds, event_seconds, device):
         fastest = min(fastest, time.time() - begun)
     peak = 2 * n**3 / fastest
     with FlopCounterMode(display=False) as counter, autocast(device):
-        model(**batch)[0].backward()
-    flops = counter.get_total_flops() / int(data.count_tokens(batch, model.image_tokens).sum())  # per token
+        loss, targets = model(**batch)
+        loss.backward()
+    flops = counter.get_total_flops() + 4 * int(targets) * model.llm.lm_head.weight.numel()  # which its pieces hide
+    flops /= int(data.count_tokens(batch, model.image_tokens).sum())  # per token
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     samples, tokens, places, wait, peak, processes = sum_over_processes(*(seen[key] for key in ("samples", "tokens", "places", "wait")), peak, 1)
     steps = seconds - event_seconds
