@@ -976,6 +976,24 @@ def test_compare_runs_methods_in_pairs(world, stage1):
     assert log[-1]["result"]["test_loss"] == results[0]["test_loss"]  # a line can be reproduced from what it says
 
 
+@pytest.mark.parametrize("method", ["random@3", "self_attn@2", "eva"])
+def test_further_methods_have_the_budget(world, stage1, stage2, monkeypatch, method):
+    if method == "eva":
+        pytest.importorskip("peft")
+    monkeypatch.setattr(train, "build_model", build_for_comparison)
+    out = stage1 / method
+    words = flags(world, stage1, out=out, max_steps=3, questions=None)
+    monkeypatch.setattr(train.Config.__dataclass_fields__["method"], "metadata", {"choices": [method], "help": ""})
+    run_here(monkeypatch, *words, "--method", method)
+    parameters, budget = (results_of(folder)["parameters"] for folder in (out, stage2))
+    assert 0.98 * budget < parameters <= budget or method == "eva"  # eva moves ranks, not parameters
+    assert results_of(out)["run"]["method"] == "lora"
+
+
+def results_of(out):
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["result"]
+
+
 def test_p_value_is_students():
     for t, degrees, p in ((1, 1, 0.5), (2.776445, 4, 0.05), (12.7062, 1, 0.05), (2.0, 9, 0.076553)):
         assert abs(train.p_value(t, degrees) - p) < 1e-4
