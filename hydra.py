@@ -744,13 +744,14 @@ class RankController:
         """{name: (coarse [layers], ranks [layers, projections])}, all within the budget."""
         coarse, both = coarse_and_fine(signal, self.costs, self.rank)
         even = np.ones_like(both)
-        worth = np.log(weaker / self.costs + 1e-12)  # of a parameter in the weaker components
+        worth = weaker / self.costs + 1e-12  # of a parameter in the weaker components
+        by_worth = before * mild(worth, np.median(worth))
         targets = {
             "coarse": (coarse, coarse * even),
             "coarse+fine": (coarse, both),
             "half way": (np.sqrt(coarse * self.rank), np.sqrt(both * before)),
             "uniform": (self.rank * even, self.rank * even),
-            "importance": (before, before * np.exp(np.clip(worth - np.median(worth), -2, 2) / 2)),
+            "importance": (before, by_worth + (by_worth > 1.4 * before)),  # a factor alone would leave 1 at 1
             "random": (self.rank * even, self.rank * np.exp(random.normal(0, 0.4, before.shape))),
         }
         for i in range(self.SAMPLES):  # small random moves away from what is
