@@ -59,7 +59,7 @@ def flag(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-METHODS = ["hydra", "lora", "full", "coarse", "coarse+fine", "dynamic", "random"]
+METHODS = ["hydra", "lora", "full", "aligned", "coarse", "coarse+fine", "dynamic", "random"]
 
 
 @dataclass
@@ -549,6 +549,13 @@ def run(config):
     train, probe, validation = (records[probes:], records[:probes], []) if config.benchmark_steps else split_held_out(records, probes)
     model, tokenizer = build_model(config, device, stage1)
     description = describe(config, model)
+    template = "plain" if config.stage == 1 else "v1"
+    samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
+    if config.stage == 2 and config.method in ("hydra", "aligned"):
+        picked = torch.utils.data.Subset(samples(train), range(0, len(train), -(-len(train) // 64)))
+        batches = (data.collate([sample]) for sample in picked)
+        with autocast(device):
+            hydra.align(model, ({key: value for key, value in batch.items() if key != "bad"} for batch in batches))
     if checkpoint:
         saved = hydra.read_config(checkpoint)
         for key, value in description.items():
@@ -560,8 +567,6 @@ def run(config):
         hydra.restore(model, checkpoint, saved)
     elif config.resume:
         say(f"--resume: no checkpoint in {out} yet, starting from the beginning")
-    template = "plain" if config.stage == 1 else "v1"
-    samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
     held_out = f"{len(probe)} + {len(validation)} held out"
 
     def load_held_out(records):
@@ -592,7 +597,7 @@ def run(config):
     trainable = [sum(p.numel() for p in trained)]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
     controller = None
-    if config.stage == 2 and config.method not in ("lora", "full"):
+    if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed, config.method)
     progress = {"step": 0, "loss": 0.0, "targets": 0.0, "skipped": 0, "in_a_row": 0, "bad": []}
     if checkpoint:
@@ -966,7 +971,7 @@ def summary(config, progress, after, blind, seconds, event_seconds, total_second
         lines += [f"left out: {len(progress['bad'])} broken images, {progress['skipped']} steps without a finite gradient; see log.jsonl"]
     events, memory = 100 * event_seconds / max(seconds, 1e-9), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     lines += [f"training {seconds:.0f} s, in all {total_seconds:.0f} s; rank events {events:.1f} % of training; peak memory {memory:.1f} GB"]
-    lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method not in ("lora", "full") else "")]
+    lines += [f"wrote {config.out}" + (" with ranks.png" if config.stage == 2 and config.method not in ("lora", "full", "aligned") else "")]
     stage2, chat = f"torchrun train.py --stage 2 --model {config.model}", f'python hydra.py chat {config.out} --image FILE --prompt "..."'
     return "\n".join(lines + [f"next: {stage2 if config.stage == 1 else chat}"])
 
