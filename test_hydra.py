@@ -309,6 +309,33 @@ def test_shrinking_drops_the_least_important():
     assert torch.equal(adapter.lora_A, A[[1, 3]]) and torch.equal(adapter.lora_B, B[:, [1, 3]])
 
 
+def test_new_rows_read_what_the_input_carries_and_no_row_reads_yet():
+    adapter, _ = make_adapter(rank=2)
+    directions = torch.linalg.qr(torch.randn(24, 4)).Q.T  # [4, 24], of which the first carries most
+    adapter.sketch = directions * torch.tensor([4.0, 3.0, 2.0, 1.0])[:, None]
+    adapter.lora_A.data = directions[[0, 2]].clone()
+    adapter.resize(4, 0)
+    assert torch.allclose((adapter.lora_A[2:] @ directions[[1, 3]].T).abs(), torch.eye(2), atol=1e-5)
+    adapter.resize(7, 0)  # more than the sketch knows: the rest is random
+    assert torch.linalg.matrix_rank(adapter.lora_A) == 7
+
+
+@torch.no_grad()
+def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer):
+    model, samples = make_model(world, rank=2, nonzero=False), make_samples(world, tokenizer, 8)
+    batches, inputs = [make_batch(samples, [i]) for i in range(8)], []
+    hydra.align(model, batches)
+    adapter = hydra.adapters(model)["model.layers.1.mlp.up_proj"]
+    adapter.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    for batch in batches:
+        model(**batch)
+    x = torch.cat(inputs)
+    x = x - x.mean(0)
+    best = torch.linalg.svdvals(x)[:2].square().sum()
+    assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, torch.eye(2), atol=1e-4)
+    assert (x @ adapter.lora_A.T).square().sum() > 0.9 * best
+
+
 @pytest.mark.parametrize("coarse, fine", [(0, 0), (2, -2), (24, 1)])
 def test_impossible_ranks_are_refused(coarse, fine):
     with pytest.raises(hydra.HydraError, match="use 1 to 24"):
