@@ -19,7 +19,8 @@ The paper (arXiv 2512.20674) fine-tunes MobileVLM with LoRA adapters whose ranks
 
 The paper gives these three ideas and no hyper-parameters. Ours are the signals (gradient
 signal-to-noise; masked components), the clustering, the multipliers, the features of the
-performance model, and when events happen; each says so where it is defined.
+performance model, when events happen, and that rows of A start along their input's principal
+directions; each says so where it is defined.
 """
 
 import argparse

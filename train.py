@@ -77,7 +77,8 @@ class Config:
     questions: str = flag(None, "JSON lines {question_id, image, text, label}, answered at the end of stage 2; eval: the benchmark's")
     out: str = flag(None, "folder of the run (default: runs/MODEL/stage1, runs/MODEL/stage2-METHOD)")
     stage1: str = flag(None, "stage 1's run, for stage 2 to start from (default: runs/MODEL/stage1, if the projector is new)")
-    method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); the rest for comparison", choices=METHODS)
+    method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); the rest for comparison (aligned: lora "
+                       "that starts as hydra does)", choices=METHODS)
     lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
     lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
     lora_dropout: float = flag(None, "dropout before the adapters")
