@@ -1547,6 +1547,8 @@ def compare_further():
     named = sys.argv[sys.argv.index("--method") + 1 :][:1] if "--method" in sys.argv else []
     train.METHODS += {*named} - {*OURS}
     train.build_model = build_for_comparison
+    if {"adalora", "eva"} & {*named} and "--out" in sys.argv:  # PEFT's cannot be resumed: what was cut short starts anew
+        shutil.rmtree(sys.argv[sys.argv.index("--out") + 1], ignore_errors=True)
     train.main()
 
 
