@@ -650,7 +650,7 @@ def run(config):
         samples(train), batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
         collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda",
     ))  # fmt: skip
-    if not checkpoint and validation:
+    if not checkpoint and not config.benchmark_steps:
         progress["before"] = evaluate(0, [])["held_out_loss"]
     elif checkpoint and first % eval_steps == 0 and progress["evaluated"] < first < total_steps:  # a signal came between
         evaluate(first, questions[:120])
