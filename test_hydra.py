@@ -799,8 +799,7 @@ def published(tmp_path_factory):
 def test_published_layout_goes_through_both_stages_and_out(world, published, tmp_path, monkeypatch):
     def run(stage, name, **changed):
         changed = dict(model=published, max_steps=1, questions=None, method="lora", out=tmp_path / name) | changed
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(world, tmp_path, stage, **changed)])
-        train.main()
+        run_here(monkeypatch, *flags(world, tmp_path, stage, **changed))
         return hydra.read_config(tmp_path / name)
 
     run(1, "stage1")
