@@ -620,9 +620,12 @@ class PerformancePredictor:
         return float(x @ self.weights), float(self.error * np.sqrt(x @ self.inverse @ x))
 
 
-def removing(ranks, features):
-    """Features [5] of a change that takes away so many components of each module."""
-    return np.einsum("lp,lpf->f", ranks, features).tolist()
+def effect(before, after, features):
+    """Features [5] of a change of ranks, in components lost at the old rank's worth.
+
+    A module's loss is taken to fall as 1 / rank: each further component brings less than the one before.
+    """
+    return np.einsum("lp,lpf->f", before * (before / after - 1), features).tolist()
 
 
 def from_first(value):
@@ -639,7 +642,7 @@ class RankController:
     observe() gathers from the gradients of each step, which are there anyway,
       signal-to-noise of an adapter   ‖mean ∂B‖² / mean ‖∂B‖²
       importance of a component       mean |B_j · ∂B_j|, the first-order change of loss without it
-    event(), at 15, 30 and 45 % of the steps, masks the weaker components of random groups of modules,
+    event(), at 5, 10 and 20 % of the steps, masks the weaker components of random groups of modules,
     measures the held-out loss without them, fits the performance model to that, and lets it choose
     among candidates. Ranks change if its error on measurements left out is below that of their mean
     (else it abstains), and the predicted gain above the prediction's standard error. What the change
@@ -649,8 +652,8 @@ class RankController:
     "random" at 10 % of the steps, "dynamic" the coarse and fine ranks at each event.
     """
 
-    EVENTS, STATIC_EVENTS, WARM_UP = (0.15, 0.30, 0.45), (0.10,), 0.05
-    PROBES, SAMPLES = 12, 8
+    EVENTS, STATIC_EVENTS, WARM_UP = (0.05, 0.10, 0.20), (0.10,), 0.02
+    PROBES, SAMPLES = 8, 8
     STATE = ("count", "statistics", "last_change", "history")
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
@@ -661,7 +664,8 @@ class RankController:
             for values in ([module.cost for module in modules], [module.max_rank for module in modules])
         )
         self.method, self.budget = method, int(rank * self.costs.sum())
-        self.event_steps = [max(1, round(at * total_steps)) for at in (self.EVENTS if method in ("hydra", "dynamic") else self.STATIC_EVENTS)]
+        events = self.EVENTS if method in ("hydra", "dynamic") else self.STATIC_EVENTS
+        self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
         self.warm_up = round(self.WARM_UP * total_steps)
         self.predictor, self.last_change = PerformancePredictor(), None
         self.history = [{"step": 0, "ranks": self.ranks().tolist()}]
@@ -744,7 +748,7 @@ class RankController:
                 coarse, ranks = candidates[entry["choice"]]
                 grown = self.change(coarse, ranks, importance, optimizer, torch.Generator().manual_seed(self.seed + number))
                 entry["loss_of_shrinking"] = measure() - loss
-                self.last_change = {"features": removing(before - ranks, features), "grown": grown}
+                self.last_change = {"features": effect(before, ranks, features), "grown": grown}
                 self.last_change["loss_of_shrinking"] = entry["loss_of_shrinking"]
         entry |= {"ranks": self.ranks().tolist(), "parameters": self.parameters_used()}
         self.history.append(entry)
@@ -764,10 +768,11 @@ class RankController:
         for _ in range(self.PROBES):
             # of a quarter of the modules the weaker part of the components
             removed = np.ceil(before * random.uniform(0.2, 0.6, before.shape) * (random.random(before.shape) < 0.25)).astype(int)
+            removed = np.minimum(removed, before - 1)  # one stays
             weakest = {name: imp.argsort(stable=True)[:n] for (name, imp), n in zip(importance.items(), removed.flat)}
-            observations.append((number, 1, removing(removed, features), self.loss_without(weakest, measure) - loss))
+            observations.append((number, 1, effect(before, before - removed, features), self.loss_without(weakest, measure) - loss))
         entry |= self.predictor.fit()
-        scored = {name: self.predictor.predict(removing(before - ranks, features)) for name, (_, ranks) in candidates.items()}
+        scored = {name: self.predictor.predict(effect(before, ranks, features)) for name, (_, ranks) in candidates.items()}
         favourite = min(scored, key=lambda name: sum(scored[name]))  # lowest loss with the doubt added to it
         change, doubt = scored[favourite]
         abstained = entry["error"] >= entry["error_of_mean"]

@@ -448,6 +448,14 @@ def test_predictor_error_is_that_of_refitting_without_each_row():
     assert np.isclose(error, np.sqrt(sum(errors) / weight.sum()))
 
 
+def test_components_bring_less_and_less():
+    before, features = np.full((4, 7), 4), np.ones((4, 7, 5))
+    gains = [-hydra.effect(before, before + n, features)[0] for n in (1, 2, 3)]
+    assert gains[0] > gains[1] - gains[0] > gains[2] - gains[1] > 0
+    moved = before + np.arange(28).reshape(4, 7) % 2 * 2 - 1  # from half of the modules to the other half
+    assert hydra.effect(before, moved, features)[0] > 0  # of equal worth: even ranks are best
+
+
 def test_a_useless_module_falls_to_rank_1_and_rises_again(world):
     controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20)
     ranks, weaker, seen = controller.ranks(), controller.costs * 1e-3, []
@@ -962,7 +970,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(world, stage1, monkeypatch
 
 def test_ranks_that_differ_between_processes_stop_the_run(world, stage1, monkeypatch):
     monkeypatch.setattr(train, "gather", lambda value: [value, "another"] if isinstance(value, str) else [value])
-    with pytest.raises(hydra.HydraError, match="step 2: ranks differ between processes"):
+    with pytest.raises(hydra.HydraError, match="step 1: ranks differ between processes"):
         run_here(monkeypatch, *flags(world, stage1, out=stage1 / "differ"))
 
 
@@ -1475,6 +1483,7 @@ def build_for_comparison(config, device, stage1, build=train.build_model):
 
     PATTERN@WEIGHT     modules whose name matches have WEIGHT times the rank, the rest less: the same budget
     random@SEED        random ranks, the same budget
+    unaligned          hydra from LoRA's random rows
     adalora            starts with 1.5 times the rank, as its authors do, and ends with the budget's
     eva                ranks and A from the singular values of activations; moves ranks, not parameters
     """
@@ -1482,6 +1491,8 @@ def build_for_comparison(config, device, stage1, build=train.build_model):
         return build(config, device, stage1)
     method, config.method = config.method, "lora"
     model, tokenizer = build(config, device, stage1)
+    if method == "unaligned":
+        hydra.align, config.method = (lambda *_: None), "hydra"
     modules = hydra.adapters(model)
     if "@" in method:
         pattern, weight = method.split("@")
@@ -1656,7 +1667,7 @@ def bench_step(stage, side):
     """Prints samples/s and the peak memory (GB): of the process, and beyond what it has once the model is built."""
     __import__("peft")  # on both sides, for its memory
     torch.set_num_threads(2)
-    samples = random_samples(64, stage)
+    samples = random_samples(192 if stage == 1 else 64, stage)
     order, step = {"ours": our_step, "usual": usual_step}[side](stage)
     built = peak_memory()
     batches = [[samples[i] for i in batch] for batch in order(samples)]

@@ -573,7 +573,8 @@ def run(config):
     def load_held_out(records):
         """This process's share of the held-out records, as batches that stay in memory."""
         mine = torch.utils.data.Subset(samples(records), range(rank, len(records), world_size))
-        batches = list(torch.utils.data.DataLoader(mine, config.per_device_train_batch_size, collate_fn=data.collate))
+        # twice the training's batch: no activations are kept
+        batches = list(torch.utils.data.DataLoader(mine, 2 * config.per_device_train_batch_size, collate_fn=data.collate))
         for problem in sum(gather([problem for batch in batches for problem in batch.pop("bad")]), []):
             say(f"held-out record left out: {problem}")
         return batches
