@@ -653,7 +653,7 @@ class RankController:
     """
 
     EVENTS, STATIC_EVENTS, WARM_UP = (0.05, 0.10, 0.20), (0.10,), 0.02
-    PROBES, SAMPLES = 8, 8
+    PROBES, SAMPLES = 6, 8
     STATE = ("count", "statistics", "last_change", "history")
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
