@@ -19,8 +19,8 @@ The paper (arXiv 2512.20674) fine-tunes MobileVLM with LoRA adapters whose ranks
 
 The paper gives these three ideas and no hyper-parameters. Ours are the signals (gradient
 signal-to-noise; masked components), the clustering, the multipliers, the features of the
-performance model, when events happen, and that rows of A start along their input's principal
-directions; each says so where it is defined.
+performance model, when events happen, and that rows of A start along the directions of their
+input on which the loss depends most; each says so where it is defined.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import re
 import shutil
 import sys
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -374,7 +375,7 @@ class HybridLoRALinear(nn.Module):
         self.coarse_rank, self.fine_rank = coarse_rank, fine_rank
         self.check_rank(coarse_rank + fine_rank)
         self.dropout = dropout
-        self.sketch = None  # [k, in]: the input's principal directions, as long as what they carry; align sets it
+        self.sketch = None  # [k, in]: what the loss depends on in the input; align sets it
         self.lora_A = nn.Parameter(self.new_rows(self.rank, None))  # [r, in], fp32 whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank, device=base.weight.device))  # [out, r]
 
@@ -396,9 +397,9 @@ class HybridLoRALinear(nn.Module):
             raise HydraError(f"rank {rank} for a linear of {self.base.in_features} -> {self.base.out_features}: use 1 to {self.max_rank}")
 
     def new_rows(self, rows, present, generator=None):
-        """New rows of A [rows, in] beside those present [r, in]: the strongest directions of the input outside theirs.
+        """New rows of A [rows, in] beside those present [r, in]: the strongest directions of the sketch outside theirs.
 
-        Without a sketch of the input they are uniform as LoRA's (Kaiming, a = √5).
+        Without a sketch they are uniform as LoRA's (Kaiming, a = √5).
         """
         bound = 1 / math.sqrt(self.base.in_features)
         new = torch.empty(rows, self.base.in_features)  # on the CPU: the same numbers on every device
@@ -473,28 +474,37 @@ def inject_adapters(llm, rank, scale, dropout=0.05):
             setattr(block, child, HybridLoRALinear(getattr(block, child), rank, 0, scale, dropout))
 
 
-@torch.no_grad()
 def align(model, batches):
-    """Give every adapter a sketch of its input, measured on batches of one sample, and rows of A to start from.
+    """Give every adapter a sketch of its input, from batches of one sample, and rows of A to start from.
 
-    Rows that read what the input carries learn faster than random ones (EVA, arXiv 2410.07170).
+    B learns what the rows of A read of the input, so they start as its principal directions (as EVA's do,
+    arXiv 2410.07170). But here each place of the input counts by the length of the loss's gradient at the
+    output there: a system prompt fills the input, and moves no loss. Of a sample the 32 places that count
+    most are kept.
     """
-    inputs = {module: [] for module in adapters(model).values()}
+    places = {module: [] for module in adapters(model).values()}
 
-    def watch(module, args):
-        x = args[0][0]  # [T, in]; of each sample 32 places are enough
-        inputs[module].append(x[torch.linspace(0, len(x) - 1, 32).long()].float())
+    def watch(module, args, y):
+        x = args[0].detach().flatten(0, -2).float()  # [T, in]
 
-    hooks = [module.register_forward_pre_hook(watch) for module in inputs]
+        def keep(gradient):
+            weight, where = gradient.flatten(0, -2).float().norm(dim=1).topk(min(32, len(x)))
+            places[module].append(weight[:, None] * x[where])  # [32, in]
+
+        y.register_hook(keep)
+
+    hooks = [module.register_forward_hook(watch) for module in places]
     for batch in batches:
-        model(**batch)
-    for module, seen in inputs.items():
-        x = torch.cat(seen)
-        _, strength, directions = torch.pca_lowrank(x, min(2 * module.rank, *x.shape))
-        module.sketch = (strength * directions).T
-        module.lora_A.copy_(module.new_rows(module.rank, module.lora_A[:0]))
+        loss, _ = model(**batch)
+        torch.autograd.grad(loss, [module.lora_B for module in places])  # nothing is left in .grad
     for hook in hooks:
         hook.remove()
+    for module, rows in places.items():
+        rows = torch.cat(rows)
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            _, strength, directions = torch.svd_lowrank(rows, min(2 * module.rank, *rows.shape), niter=20)
+            module.sketch = (strength * directions).T
+            module.lora_A.copy_(module.new_rows(module.rank, module.lora_A[:0]))
 
 
 def adapters(model):
@@ -642,17 +652,17 @@ class RankController:
     observe() gathers from the gradients of each step, which are there anyway,
       signal-to-noise of an adapter   ‖mean ∂B‖² / mean ‖∂B‖²
       importance of a component       mean |B_j · ∂B_j|, the first-order change of loss without it
-    event(), at 5, 10 and 20 % of the steps, masks the weaker components of random groups of modules,
+    event(), at 5 and 15 % of the steps, masks the weaker components of random groups of modules,
     measures the held-out loss without them, fits the performance model to that, and lets it choose
     among candidates. Ranks change if its error on measurements left out is below that of their mean
     (else it abstains), and the predicted gain above the prediction's standard error. What the change
-    brought is measured at the next event, and learned from, too (after the third there is none).
+    brought is measured at the next event, and learned from, too (after the second there is none).
 
     The other methods, for comparison, take a candidate without asking: "coarse", "coarse+fine" or
     "random" at 10 % of the steps, "dynamic" the coarse and fine ranks at each event.
     """
 
-    EVENTS, STATIC_EVENTS, WARM_UP = (0.05, 0.10, 0.20), (0.10,), 0.02
+    EVENTS, STATIC_EVENTS, WARM_UP = (0.05, 0.15), (0.10,), 0.02
     PROBES, SAMPLES = 6, 8
     STATE = ("count", "statistics", "last_change", "history")
 
@@ -911,13 +921,14 @@ class HydraVLM(nn.Module):
         if embeddings is None:
             embeddings, _, labels = self.splice(input_ids, attention_mask, pixel_values, labels)
         # right-padded and causal: no token that counts sees the padding, so attention needs no mask
-        hidden = self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state  # [B, T', D]
         if labels is None:
-            return self.llm.lm_head(hidden)
-        targets = labels[:, 1:]  # a hidden state predicts the next token
-        where = (targets != IGNORE).flatten().nonzero().squeeze(1)
-        hidden = hidden[:, :-1].flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
-        targets, head = targets.flatten()[where].to(hidden.device), self.llm.lm_head
+            return self.llm.lm_head(self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # a hidden state predicts the next token
+        where = (targets != IGNORE).nonzero().squeeze(1)
+        targets, where, head = targets[where].to(embeddings.device), where.to(embeddings.device), self.llm.lm_head
+        with self.last_mlp_at(where):
+            hidden = self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state  # [B, T', D]
+        hidden = hidden.flatten(0, 1)[where]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
         if torch.is_grad_enabled():  # each gives its gradient at once; in bf16 the sum, too, is bf16, which only the log sees
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
@@ -926,6 +937,23 @@ class HydraVLM(nn.Module):
             pieces = zip(hidden.split(1024), targets.split(1024))
             loss = sum(F.cross_entropy(head(h).float(), t, reduction="sum") for h, t in pieces)
         return loss, torch.tensor(len(where))
+
+    @contextmanager
+    def last_mlp_at(self, where):
+        """Inside, the last layer's MLP runs at the places `where` of [B · T'] alone: nothing reads what it gives at others."""
+        layer = self.llm.model.layers[-1]
+        mlp = layer.mlp
+
+        def forward(x):
+            y = type(mlp).forward(mlp, x.flatten(0, 1)[where])  # [B, T', D] -> [targets, D]
+            return torch.zeros_like(x).flatten(0, 1).index_copy(0, where, y.to(x.dtype)).view_as(x)
+
+        if not layer.gradient_checkpointing:  # that runs the layer again when this is over
+            mlp.forward = forward
+        try:
+            yield
+        finally:
+            vars(mlp).pop("forward", None)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, max_new_tokens=64, **options):

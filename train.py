@@ -751,7 +751,7 @@ def run(config):
             evaluate(done, questions[:120])
         if config.benchmark_steps and done == BENCHMARK_WARM_UP:
             float(loss)  # until the device has caught up
-            seen, event_seconds, tokens, since, started = Counter(), 0.0, 0, time.time(), time.time()
+            seen, tokens, since, started = Counter(), 0, time.time(), time.time() - event_seconds  # events count, wherever they fall
         if (is_saved or stop) and rank == 0 and not scratch:
             saving.result()  # the one before is whole, or its error ends the run
             saving = writer.submit(write_checkpoint, out, done, checkpoint_files(model, optimizer, controller, progress, description), config.keep)
@@ -876,6 +876,8 @@ def comparison_table(methods, results, rates):
         else:
             line += " " * 42
         lines.append(line + "   " + " ".join(f"{values(name, 'accuracy', kind).mean():.2f}" for kind in kinds))
+    lines.append(f"{'test loss':14}" + "".join(f"{kind:>11}" for kind in kinds))
+    lines += [f"{name:14}" + "".join(f"{values(name, 'test_loss', kind).mean():11.4f}" for kind in kinds) for name in methods]
     lines.append(f"n = {len(own)} seeds; learning rates from {rates}, chosen by validation loss of the first seed")
     return "\n".join(lines)
 
