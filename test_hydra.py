@@ -1008,6 +1008,8 @@ def test_compare_runs_methods_in_pairs(world, stage1):
     assert len(results) == 2 * 2 + 2 and "n = 2 seeds" in output
     assert all(r["parameters"] < results[0]["parameters"] for r in results if r["method"] == "hydra:1")
     assert command(HERE / "train.py", "--stage", "compare", *words).splitlines()[-4:] == output.splitlines()[-4:]  # nothing is run again
+    output = command(HERE / "train.py", "--stage", "compare", *words, "--max_steps", 7, code=2)
+    assert "was run with --max_steps 6, not 7; name another folder" in output
     again = results[0]["command"].split()[1:]
     again[again.index("--out") + 1] = stage1 / "again"
     command(HERE / "train.py", *again[1:])

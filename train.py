@@ -800,10 +800,7 @@ def compare(config):
     out = Path(config.out or f"runs/{Path(config.model).name}/compare")
     out.mkdir(parents=True, exist_ok=True)
     own = {"stage", "out", "methods", "learning_rates", "seeds", "jobs", "method", "seed", "learning_rate", "resume"}
-    given = [
-        word for f in fields(Config) if f.name not in own and (value := getattr(config, f.name)) != f.default
-        for word in ([f"--{f.name}"] if value is True else [f"--{f.name}", str(value)])
-    ]  # fmt: skip
+    given = {f.name: value for f in fields(Config) if f.name not in own and (value := getattr(config, f.name)) != f.default}
     gpus = torch.cuda.device_count()
     places = queue.SimpleQueue()
     for i in range(config.jobs or gpus or os.cpu_count()):
@@ -813,9 +810,10 @@ def compare(config):
         name, rate, seed = job
         method, _, rank = name.partition(":")
         folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
-        words = [sys.argv[0], "--stage", "2", "--method", method, "--seed", str(seed), "--out", str(folder), *given]
-        words += [] if rate is None else ["--learning_rate", str(rate)]
-        words += ["--lora_rank", rank, "--lora_alpha", str(2 * int(rank))] if rank else []
+        words = [sys.argv[0], "--stage", "2", "--method", method, "--seed", str(seed), "--out", str(folder)]
+        wanted = given | ({} if rate is None else {"learning_rate": rate})
+        wanted |= {"lora_rank": int(rank), "lora_alpha": 2.0 * int(rank)} if rank else {}
+        words += [word for key, value in wanted.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
         lines = data.read_json(folder / "log.jsonl", cut=True) if (folder / "log.jsonl").is_file() else []
         if not lines or "result" not in lines[-1]:
             place = places.get()
@@ -828,6 +826,9 @@ def compare(config):
             lines = data.read_json(folder / "log.jsonl", cut=True)
         if "result" not in lines[-1]:
             raise ConfigError("stopped by a signal; the same command goes on")
+        for key, value in wanted.items():
+            if (other := lines[-1]["result"]["run"].get(key)) != value:
+                raise ConfigError(f"--out {out}: {folder.name} was run with --{key} {other}, not {value}; name another folder")
         result = {"method": name, "learning_rate": rate, "seed": seed, "command": " ".join(["python", *words]), **lines[-1]["result"]}
         say(f"{name:14} lr {result['run']['learning_rate']:.1e}  seed {seed}  validation {result['held_out_loss']:.4f}")
         return result
