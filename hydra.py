@@ -20,7 +20,7 @@ The paper (arXiv 2512.20674) fine-tunes MobileVLM with LoRA adapters whose ranks
 The paper gives these three ideas and no hyper-parameters. Ours are the signals (gradient
 signal-to-noise; masked components), the clustering, the multipliers, the features of the
 performance model, when events happen, and that rows of A start along the directions of their
-input on which the loss depends most; each says so where it is defined.
+input on which the loss depends most.
 """
 
 import argparse
@@ -375,7 +375,7 @@ class HybridLoRALinear(nn.Module):
         self.coarse_rank, self.fine_rank = coarse_rank, fine_rank
         self.check_rank(coarse_rank + fine_rank)
         self.dropout = dropout
-        self.sketch = None  # [k, in]: what the loss depends on in the input; align sets it
+        self.sketch = None  # [k, in]: directions of the input, each as long as it counts for the loss; align sets it
         self.lora_A = nn.Parameter(self.new_rows(self.rank, None))  # [r, in], fp32 whatever the base is
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, self.rank, device=base.weight.device))  # [out, r]
 
@@ -399,7 +399,7 @@ class HybridLoRALinear(nn.Module):
     def new_rows(self, rows, present, generator=None):
         """New rows of A [rows, in] beside those present [r, in]: the strongest directions of the sketch outside theirs.
 
-        Without a sketch they are uniform as LoRA's (Kaiming, a = √5).
+        Those have length 1. Without a sketch, or beyond it, rows are uniform as LoRA's (Kaiming, a = √5; length 0.6).
         """
         bound = 1 / math.sqrt(self.base.in_features)
         new = torch.empty(rows, self.base.in_features)  # on the CPU: the same numbers on every device
@@ -479,28 +479,30 @@ def align(model, batches):
 
     B learns what the rows of A read of the input, so they start as its principal directions (as EVA's do,
     arXiv 2410.07170). But here each place of the input counts by the length of the loss's gradient at the
-    output there: a system prompt fills the input, and moves no loss. Of a sample the 32 places that count
-    most are kept.
+    output there: a system prompt fills the input, and hardly moves the loss. Of a batch the 32 places that
+    count most are kept. The weighting is our choice.
     """
     places = {module: [] for module in adapters(model).values()}
 
     def watch(module, args, y):
-        x = args[0].detach().flatten(0, -2).float()  # [T, in]
+        x = args[0].detach().flatten(0, -2)  # [T, in]
 
         def keep(gradient):
             weight, where = gradient.flatten(0, -2).float().norm(dim=1).topk(min(32, len(x)))
-            places[module].append(weight[:, None] * x[where])  # [32, in]
+            rows = weight[:, None] * x[where].float()  # [32, in]
+            places[module].append(rows[rows.isfinite().all(1)])
 
         y.register_hook(keep)
 
     hooks = [module.register_forward_hook(watch) for module in places]
     for batch in batches:
-        loss, _ = model(**batch)
-        torch.autograd.grad(loss, [module.lora_B for module in places])  # nothing is left in .grad
+        torch.autograd.grad(model(**batch)[0], [module.lora_B for module in places])  # nothing is left in .grad
     for hook in hooks:
         hook.remove()
     for module, rows in places.items():
         rows = torch.cat(rows)
+        if not len(rows):  # no finite gradient: LoRA's rows stay
+            continue
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             _, strength, directions = torch.svd_lowrank(rows, min(2 * module.rank, *rows.shape), niter=20)
             module.sketch = (strength * directions).T
@@ -649,7 +651,7 @@ def from_first(value):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2.
 
-    observe() gathers from the gradients of each step, which are there anyway,
+    observe() gathers from the gradients of the steps, which are there anyway, after the first 2 %
       signal-to-noise of an adapter   ‖mean ∂B‖² / mean ‖∂B‖²
       importance of a component       mean |B_j · ∂B_j|, the first-order change of loss without it
     event(), at 5 and 15 % of the steps, masks the weaker components of random groups of modules,
@@ -659,7 +661,7 @@ class RankController:
     brought is measured at the next event, and learned from, too (after the second there is none).
 
     The other methods, for comparison, take a candidate without asking: "coarse", "coarse+fine" or
-    "random" at 10 % of the steps, "dynamic" the coarse and fine ranks at each event.
+    "random" at 10 % of the steps, "dynamic" the coarse and fine ranks at each event. Theirs are LoRA's rows.
     """
 
     EVENTS, STATIC_EVENTS, WARM_UP = (0.05, 0.15), (0.10,), 0.02

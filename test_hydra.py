@@ -1007,9 +1007,14 @@ def test_compare_runs_methods_in_pairs(world, stage1):
     results = [json.loads(line) for line in (stage1 / "compare" / "results.jsonl").read_text().splitlines()]
     assert len(results) == 2 * 2 + 2 and "n = 2 seeds" in output
     assert all(r["parameters"] < results[0]["parameters"] for r in results if r["method"] == "hydra:1")
-    assert command(HERE / "train.py", "--stage", "compare", *words).splitlines()[-4:] == output.splitlines()[-4:]  # nothing is run again
+    assert command(HERE / "train.py", "--stage", "compare", *words).splitlines()[-7:] == output.splitlines()[-7:]  # nothing is run again
     output = command(HERE / "train.py", "--stage", "compare", *words, "--max_steps", 7, code=2)
     assert "was run with --max_steps 6, not 7; name another folder" in output
+    for flag, message in (("--max_steps", "--max_steps 6, not None"), ("--questions", "--questions: give held-out questions")):
+        cut = words.index(flag)
+        assert message in command(HERE / "train.py", "--stage", "compare", *words[:cut], *words[cut + 2 :], code=2)
+    for flag, value, message in (("--methods", "lora:x", "give a rank after the colon"), ("--learning_rates", "a", "give numbers")):
+        assert message in command(HERE / "train.py", "--stage", "compare", *words, flag, value, code=2)
     again = results[0]["command"].split()[1:]
     again[again.index("--out") + 1] = stage1 / "again"
     command(HERE / "train.py", *again[1:])
@@ -1486,7 +1491,7 @@ OURS = tuple(train.METHODS)
 
 
 def build_for_comparison(config, device, stage1, build=train.build_model):
-    """train.build_model for methods that are not ours; the loop then treats them as fixed LoRA.
+    """train.build_model for methods that are not ours; the loop then takes them for one that is.
 
     PATTERN@WEIGHT     aligned, but modules whose name matches have WEIGHT times the rank, the rest less: the same budget
     random@SEED        aligned, but random ranks, the same budget

@@ -34,6 +34,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -552,11 +553,6 @@ def run(config):
     description = describe(config, model)
     template = "plain" if config.stage == 1 else "v1"
     samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
-    if config.stage == 2 and config.method in ("hydra", "aligned"):
-        picked = torch.utils.data.Subset(samples(train), range(0, len(train), -(-len(train) // 64)))
-        batches = (data.collate([sample]) for sample in picked)
-        with autocast(device):
-            hydra.align(model, ({key: value for key, value in batch.items() if key != "bad"} for batch in batches))
     if checkpoint:
         saved = hydra.read_config(checkpoint)
         for key, value in description.items():
@@ -565,9 +561,17 @@ def run(config):
         for key in ("data", "global_batch_size", "epochs", "max_steps", "seed", "lora_rank", "learning_rate"):
             if saved["run"].get(key) != getattr(config, key):
                 raise ConfigError(f"--resume: {checkpoint} was run with --{key} {saved['run'].get(key)}, not {getattr(config, key)}")
-        hydra.restore(model, checkpoint, saved)
     elif config.resume:
         say(f"--resume: no checkpoint in {out} yet, starting from the beginning")
+    if config.stage == 2 and config.method in ("hydra", "aligned"):
+        started = time.time()
+        picked = torch.utils.data.Subset(samples(train), range(0, len(train), -(-len(train) // 64)))  # 2,048 places, for up to 128 rows
+        batches = (data.collate([sample]) for sample in picked)
+        with autocast(device):
+            hydra.align(model, ({key: value for key, value in batch.items() if key != "bad"} for batch in batches))
+        say(f"rows of A aligned in {time.time() - started:.1f} s")
+    if checkpoint:
+        hydra.restore(model, checkpoint, saved)
     held_out = f"{len(probe)} + {len(validation)} held out"
 
     def load_held_out(records):
@@ -786,34 +790,56 @@ def run(config):
 
 
 def compare(config):
-    """Train methods in pairs: the runs of a seed have the same data order, projector and new components.
+    """Train methods in pairs: the runs of a seed have the same data order and projector, and the same rows of A where these are random.
 
     Each method first runs with all learning rates on the first seed and keeps the one with the lowest
     validation loss. A run is a command of its own, which its line in results.jsonl repeats; one that is
-    there already is not run again, and one that was cut short is resumed.
+    there already is not run again, one that was cut short is resumed, and one of other flags is refused.
     """
     if int(os.environ.get("RANK", 0)):  # the runs are shared out below
         return
     config.stage = 2
     find_stage1(config)
-    read_data(config)  # which names the toy world's files
+    if not read_data(config)[1]:  # which names the toy world's files, too
+        raise ConfigError("--questions: give held-out questions for the methods to be compared on")
     out = Path(config.out or f"runs/{Path(config.model).name}/compare")
     out.mkdir(parents=True, exist_ok=True)
-    own = {"stage", "out", "methods", "learning_rates", "seeds", "jobs", "method", "seed", "learning_rate", "resume"}
-    given = {f.name: value for f in fields(Config) if f.name not in own and (value := getattr(config, f.name)) != f.default}
+    only_here = {"methods", "learning_rates", "seeds", "jobs", "resume"}
+    no_effect = {"method", "num_workers", "log_steps", "eval_steps", "save_steps", "keep", "max_bad", "gradient_checkpointing"}
+    methods = config.methods.split(",")
+    try:
+        rates = [float(rate) for rate in config.learning_rates.split(",")] if config.learning_rates else [None]
+    except ValueError:
+        raise ConfigError(f"--learning_rates {config.learning_rates}: give numbers with commas between") from None
     gpus = torch.cuda.device_count()
     places = queue.SimpleQueue()
     for i in range(config.jobs or gpus or os.cpu_count()):
         places.put(i)
 
+    def plan(name, rate, seed):
+        """(folder, command line) of a run; what is in the folder already has to be of the same flags."""
+        method, _, rank = name.partition(":")
+        if rank and not rank.isdigit():
+            raise ConfigError(f"--methods {name}: give a rank after the colon")
+        folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
+        planned = replace(config, method=method, learning_rate=rate, seed=seed, out=str(folder))
+        if rank:
+            planned = replace(planned, lora_rank=int(rank), lora_alpha=2.0 * int(rank))
+        words = [
+            word for f in fields(Config) if f.name not in only_here and (value := getattr(planned, f.name)) != f.default
+            for word in ([f"--{f.name}"] if value is True else [f"--{f.name}", str(value)])
+        ]  # fmt: skip
+        if checkpoint := hydra.find_checkpoint(folder):
+            complete(planned, 1)
+            there = hydra.read_config(checkpoint)["run"]
+            for key, value in asdict(planned).items():
+                if key not in only_here | no_effect and there.get(key) != value:
+                    raise ConfigError(f"--out {out}: {folder.name} was run with --{key} {there.get(key)}, not {value}; name another folder")
+        return folder, [sys.argv[0], *words]
+
     def train_one(job):
         name, rate, seed = job
-        method, _, rank = name.partition(":")
-        folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
-        words = [sys.argv[0], "--stage", "2", "--method", method, "--seed", str(seed), "--out", str(folder)]
-        wanted = given | ({} if rate is None else {"learning_rate": rate})
-        wanted |= {"lora_rank": int(rank), "lora_alpha": 2.0 * int(rank)} if rank else {}
-        words += [word for key, value in wanted.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+        folder, words = plan(*job)
         lines = data.read_json(folder / "log.jsonl", cut=True) if (folder / "log.jsonl").is_file() else []
         if not lines or "result" not in lines[-1]:
             place = places.get()
@@ -826,20 +852,17 @@ def compare(config):
             lines = data.read_json(folder / "log.jsonl", cut=True)
         if "result" not in lines[-1]:
             raise ConfigError("stopped by a signal; the same command goes on")
-        for key, value in wanted.items():
-            if (other := lines[-1]["result"]["run"].get(key)) != value:
-                raise ConfigError(f"--out {out}: {folder.name} was run with --{key} {other}, not {value}; name another folder")
         result = {"method": name, "learning_rate": rate, "seed": seed, "command": " ".join(["python", *words]), **lines[-1]["result"]}
         say(f"{name:14} lr {result['run']['learning_rate']:.1e}  seed {seed}  validation {result['held_out_loss']:.4f}")
         return result
 
-    methods = config.methods.split(",")
-    rates = [float(rate) for rate in config.learning_rates.split(",")] if config.learning_rates else [None]
+    seeds = range(config.seed, config.seed + config.seeds)
+    for job in product(methods, rates, seeds):  # before the first of them runs
+        plan(*job)
     with ThreadPoolExecutor(places.qsize()) as pool:
         tried = list(pool.map(train_one, [(name, rate, config.seed) for name in methods for rate in rates]))
         best = {name: min((r for r in tried if r["method"] == name), key=lambda r: r["held_out_loss"])["learning_rate"] for name in methods}
-        seeds = range(config.seed + 1, config.seed + config.seeds)
-        others = list(pool.map(train_one, [(name, best[name], seed) for seed in seeds for name in methods]))
+        others = list(pool.map(train_one, [(name, best[name], seed) for seed in seeds[1:] for name in methods]))
     results = [r for r in tried if r["learning_rate"] == best[r["method"]]] + others
     (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tried + others))
     say(comparison_table(methods, results, rates))
@@ -853,7 +876,7 @@ def p_value(t, degrees):
 
 
 def comparison_table(methods, results, rates):
-    """Test loss and accuracy, mean ± standard deviation over seeds, and the paired difference from the first method."""
+    """Test loss and accuracy, in all and by kind: means over seeds ± standard deviation, and the paired difference from the first method."""
 
     def values(name, key, kind="all"):
         return np.array([r[key][kind] for r in sorted(results, key=lambda r: r["seed"]) if r["method"] == name])
@@ -877,8 +900,8 @@ def comparison_table(methods, results, rates):
         else:
             line += " " * 42
         lines.append(line + "   " + " ".join(f"{values(name, 'accuracy', kind).mean():.2f}" for kind in kinds))
-    lines.append(f"{'test loss':14}" + "".join(f"{kind:>11}" for kind in kinds))
-    lines += [f"{name:14}" + "".join(f"{values(name, 'test_loss', kind).mean():11.4f}" for kind in kinds) for name in methods]
+    lines.append(f"{'test loss':14}" + "".join(f"  {kind:>9}" for kind in kinds))
+    lines += [f"{name:14}" + "".join(f"  {values(name, 'test_loss', kind).mean():{max(9, len(kind))}.4f}" for kind in kinds) for name in methods]
     lines.append(f"n = {len(own)} seeds; learning rates from {rates}, chosen by validation loss of the first seed")
     return "\n".join(lines)
 
