@@ -1010,7 +1010,10 @@ def test_compare_runs_methods_in_pairs(world, stage1):
     for flag, message in (("--max_steps", "--max_steps 6, not None"), ("--questions", "--questions: give held-out questions")):
         cut = words.index(flag)
         assert message in command(HERE / "train.py", "--stage", "compare", *words[:cut], *words[cut + 2 :], code=2)
-    for flag, value, message in (("--methods", "lora:x", "give a rank after the colon"), ("--learning_rates", "a", "give numbers")):
+    for flag, value, message in (
+        ("--methods", "lora:x", "give a rank after the colon"), ("--learning_rates", "a", "give numbers"),
+        ("--stage1", stage1 / "none-{seed}", "none-0"),
+    ):  # fmt: skip
         assert message in command(HERE / "train.py", "--stage", "compare", *words, flag, value, code=2)
     again = results[0]["command"].split()[1:]
     again[again.index("--out") + 1] = stage1 / "again"

@@ -77,7 +77,7 @@ class Config:
     images: str = flag(None, "folder that the records' image names are in")
     questions: str = flag(None, "JSON lines {question_id, image, text, label}, answered at the end of stage 2; eval: the benchmark's")
     out: str = flag(None, "folder of the run (default: runs/MODEL/stage1, runs/MODEL/stage2-METHOD)")
-    stage1: str = flag(None, "stage 1's run, for stage 2 to start from (default: runs/MODEL/stage1, if the projector is new)")
+    stage1: str = flag(None, "stage 1's run, for stage 2 to start from; {seed} in it is replaced (default: runs/MODEL/stage1, if the projector is new)")
     method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); the rest for comparison (aligned: lora "
                        "that starts as hydra does)", choices=METHODS)
     lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
@@ -434,7 +434,7 @@ def find_stage1(config):
         return None
     if not config.stage1 and config.model not in ("tiny", *LLAMA) and hydra.open_folder(config.model)[1].get("model_type") != "llama":
         return None
-    folder = config.stage1 or f"runs/{Path(config.model).name}/stage1"
+    folder = (config.stage1 or f"runs/{Path(config.model).name}/stage1").replace("{seed}", str(config.seed))
     if (stage1 := hydra.find_checkpoint(folder)) is None:
         raise ConfigError(f"--stage 2: no checkpoint in {folder}; first run: torchrun train.py --stage 1 --model {config.model}")
     return stage1
@@ -792,6 +792,8 @@ def run(config):
 def compare(config):
     """Train methods in pairs: the runs of a seed have the same data order and projector, and the same rows of A where these are random.
 
+    With {seed} in --stage1, each seed has a projector of its own.
+
     Each method first runs with all learning rates on the first seed and keeps the one with the lowest
     validation loss. A run is a command of its own, which its line in results.jsonl repeats; one that is
     there already is not run again, one that was cut short is resumed, and one of other flags is refused.
@@ -823,6 +825,7 @@ def compare(config):
             raise ConfigError(f"--methods {name}: give a rank after the colon")
         folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
         planned = replace(config, method=method, learning_rate=rate, seed=seed, out=str(folder))
+        find_stage1(planned)
         if rank:
             planned = replace(planned, lora_rank=int(rank), lora_alpha=2.0 * int(rank))
         words = [
