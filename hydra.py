@@ -495,6 +495,8 @@ def align(model, batches):
     for module, seen in inputs.items():
         x = torch.cat(seen)
         x = x[x.isfinite().all(1)]
+        if not len(x):  # the rows stay as they are; training will say what is wrong
+            continue
         with torch.autocast(x.device.type, enabled=False):  # its products are to be exact, too
             # 20 rounds: where directions are nearly as strong as each other, the usual two leave them mixed
             _, strength, directions = torch.pca_lowrank(x, min(2 * module.rank, *x.shape), niter=20)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake
@@ -336,6 +337,10 @@ def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer, dty
     best = torch.linalg.svdvals(x)[:2].square().sum()
     assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, torch.eye(2), atol=1e-4)
     assert 0.9 * best < (x @ adapter.lora_A.T).square().sum() <= 1.0001 * best
+    before = adapter.lora_A.clone()
+    model.llm.get_input_embeddings().weight.fill_(torch.nan)
+    hydra.align(model, batches)  # has nothing to go by
+    assert torch.equal(adapter.lora_A, before)
 
 
 @pytest.mark.parametrize("coarse, fine", [(0, 0), (2, -2), (24, 1)])
@@ -1679,8 +1684,16 @@ def peak_memory():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
 
 
+def peak_of_tensors(function):
+    """GB that tensors which the function makes hold at most, as torch.cuda.max_memory_allocated would count them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))) / 1e9
+
+
 def bench_step(stage, side):
-    """Prints samples/s and the peak memory (GB): of the process, and beyond what it has once the model is built."""
+    """Prints samples/s and the peak memory (GB): of the process, beyond what it has once the model is built, and of a step's tensors."""
     __import__("peft")  # on both sides, for its memory
     torch.set_num_threads(2)
     samples = random_samples(192 if stage == 1 else 64, stage)
@@ -1692,7 +1705,8 @@ def bench_step(stage, side):
     for batch in batches:
         step(batch)
     seconds, peak = time.perf_counter() - started, peak_memory()
-    print(json.dumps([len(samples) / seconds, peak, peak - built]))
+    longest = max(batches, key=lambda batch: max(len(sample["labels"]) for sample in batch))
+    print(json.dumps([len(samples) / seconds, peak, peak - built, peak_of_tensors(lambda: step(longest))]))
 
 
 def in_turns(ours, usual, times=5):
@@ -1770,7 +1784,7 @@ def bench():
                 words = [sys.executable, __file__, "bench", str(stage), side]
                 runs[side].append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
         ours, usual = (np.mean(runs[side], axis=0) for side in runs)
-        for name, a, b in zip(("samples/s", "GB of the process", "GB beyond weights"), ours, usual):
+        for name, a, b in zip(("samples/s", "GB of the process", "GB beyond weights", "GB of tensors"), ours, usual):
             print(f"stage {stage}   {name:>18}{a:10.2f}{b:10.2f}{a / b:8.2f}", flush=True)
 
 
