@@ -801,7 +801,9 @@ def compare(config):
     if int(os.environ.get("RANK", 0)):  # the runs are shared out below
         return
     config.stage = 2
-    find_stage1(config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    for seed in seeds:
+        find_stage1(replace(config, seed=seed))
     if not read_data(config)[1]:  # which names the toy world's files, too
         raise ConfigError("--questions: give held-out questions for the methods to be compared on")
     out = Path(config.out or f"runs/{Path(config.model).name}/compare")
@@ -825,7 +827,6 @@ def compare(config):
             raise ConfigError(f"--methods {name}: give a rank after the colon")
         folder = out / f"{name}-{rate}-{seed}".replace(":", "-r")
         planned = replace(config, method=method, learning_rate=rate, seed=seed, out=str(folder))
-        find_stage1(planned)
         if rank:
             planned = replace(planned, lora_rank=int(rank), lora_alpha=2.0 * int(rank))
         words = [
@@ -859,7 +860,6 @@ def compare(config):
         say(f"{name:14} lr {result['run']['learning_rate']:.1e}  seed {seed}  validation {result['held_out_loss']:.4f}")
         return result
 
-    seeds = range(config.seed, config.seed + config.seeds)
     for job in product(methods, rates, seeds):  # before the first of them runs
         plan(*job)
     with ThreadPoolExecutor(places.qsize()) as pool:
