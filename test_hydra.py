@@ -1248,7 +1248,7 @@ def test_bad_images(tmp_path, monkeypatch):
     (dict(lora_dropout=1.5), "--lora_dropout 1.5: give a share below 1"),
     (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
     (dict(lora_rank=33), "rank 33 for a linear of 32 -> 32: use 1 to 32"),
-    (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1"),
+    (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1 --model .* --seed . --out nowhere"),
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
     (dict(benchmark_steps=3), "--benchmark_steps: knows the shapes of tiny, 1.7b, 3b, not of --model"),

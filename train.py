@@ -436,7 +436,8 @@ def find_stage1(config):
         return None
     folder = (config.stage1 or f"runs/{Path(config.model).name}/stage1").replace("{seed}", str(config.seed))
     if (stage1 := hydra.find_checkpoint(folder)) is None:
-        raise ConfigError(f"--stage 2: no checkpoint in {folder}; first run: torchrun train.py --stage 1 --model {config.model}")
+        there = f" --seed {config.seed} --out {folder}" if config.stage1 else ""
+        raise ConfigError(f"--stage 2: no checkpoint in {folder}; first run: torchrun train.py --stage 1 --model {config.model}{there}")
     return stage1
 
 
