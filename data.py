@@ -471,6 +471,7 @@ def read_benchmark(name, path, annotations=None):
         questions = [q | {"label": labels[label_key(name, q)]} for q in questions]
     valid = (lambda label: len(label) == 10) if name == "textvqa" else read
     refuse([q for q in questions if not valid(q["label"])], "have no valid label")
+    refuse([q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()], "have no text, or a category that is none")
     ids = Counter(str(q["question_id"]) for q in questions if name not in ("textvqa", "mme"))
     refuse([q for q in questions if ids[str(q["question_id"])] > 1], "share their question_id")
     return questions
@@ -485,7 +486,8 @@ def refuse(questions, problem):
 
 def read_sqa(path, _):
     """ScienceQA as LLaVA's records: the answer is the letter of the gpt turn."""
-    for i, record in enumerate(read_json(path)):
+    records = read_json(path)
+    for i, record in enumerate(records if isinstance(records, list) else [records]):
         try:
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
@@ -940,7 +942,7 @@ def check(args):
             except DataError as error:
                 return str(error)
 
-    with ThreadPoolExecutor(args.workers) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes outside Python's lock
         found = tqdm(pool.map(image_problem, range(len(records))), "checked", len(records), disable=None)
         for i, problem in enumerate(found):
             if problem := wrong.get(i) or problem:

@@ -478,14 +478,14 @@ def inject_adapters(llm, rank, scale, dropout=0.05):
 def align(model, batches):
     """Give every adapter a sketch of its input, from batches of one sample, and rows of A to start from.
 
-    B learns what the rows of A read of the input: rows along its principal directions read most of it, and learn
-    faster than random ones (EVA, arXiv 2410.07170).
+    B learns what the rows of A read of the input (in the last layer's MLP: at the targets, where alone it runs): rows along
+    its principal directions read most of it, and learn faster than random ones (EVA, arXiv 2410.07170).
     """
     inputs = {module: [] for module in adapters(model).values()}
 
     def watch(module, args):
         x = args[0].flatten(0, -2)  # [T, in]; of each sample 32 places are enough
-        inputs[module].append(x[torch.linspace(0, len(x) - 1, 32).long()].float())
+        inputs[module].append(x[torch.linspace(0, len(x) - 1, 32 * (len(x) > 0)).long()].float())
 
     hooks = [module.register_forward_pre_hook(watch) for module in inputs]
     for batch in batches:
@@ -945,7 +945,7 @@ class HydraVLM(nn.Module):
             y = type(mlp).forward(mlp, x.flatten(0, 1)[where])  # [B, T', D] -> [targets, D]
             return torch.zeros_like(x).flatten(0, 1).index_copy(0, where, y.to(x.dtype)).view_as(x)
 
-        if not layer.gradient_checkpointing:  # that runs the layer again when this is over
+        if not (layer.gradient_checkpointing and layer.training):  # which runs the layer again when this is over
             mlp.forward = forward
         try:
             yield
@@ -995,8 +995,10 @@ def read_config(folder):
     if config.get("format") != "hydra":
         raise HydraError(f"{folder}: is not a checkpoint of train.py; give a folder that it wrote")
     kinds = {"stage": int, "model": str, "vision_tower": str, "projector": str, "ranks": dict, "run": dict}
+    kinds |= {"scale": float, "dropout": float} if config.get("ranks") else {}
     damaged = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    damaged += [name for name, rank in (config["ranks"].items() if not damaged else ()) if not isinstance(rank, list) or [*map(type, rank)] != [int, int]]
+    ranks = {} if damaged else config["ranks"]
+    damaged += [name for name, rank in ranks.items() if not isinstance(rank, list) or [*map(type, rank)] != [int, int]]
     if damaged:
         raise HydraError(f"{folder / 'config.json'}: {damaged[0]} is missing or damaged; use another checkpoint")
     return config
@@ -1050,6 +1052,7 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
     folder, config = open_folder(name_or_dir)
     kind = config.get("format") or config.get("model_type")
     if kind == "hydra":
+        config = read_config(folder)
         if projector:
             raise HydraError(f"{folder}: has its own projector; do not give another")
         parts = config["model"], vision_tower or config["vision_tower"], config["projector"]
@@ -1174,9 +1177,11 @@ def chat(args):
 
     import data
 
+    if args.max_new_tokens < 1:
+        raise HydraError(f"--max_new_tokens {args.max_new_tokens}: give a positive number")
     model, tokenizer, image_transform = load_checkpoint(args.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(args.image)
+    path = Path(args.image).resolve()
     pixels = image_transform(data.open_image(path.parent, path.name), "pad")
     turn = {"from": "human", "value": "<image>\n" + args.prompt}
     input_ids, _ = data.encode_conversation([turn], tokenizer, "v1")

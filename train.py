@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments():
     """Config from the command line, which is made from its fields."""
     wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=50, width=150)
-    parser = Parser(usage="train.py --stage {1,2} [flags]", description=__doc__, formatter_class=wide, allow_abbrev=False)
+    parser = Parser(usage="train.py --stage {1,2,eval,compare} [flags]", description=__doc__, formatter_class=wide, allow_abbrev=False)
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         parser.add_argument(f"--{f.name}", **kind, **f.metadata)
@@ -154,6 +154,8 @@ def parse_arguments():
         value, least = getattr(config, f.name), 0 if f.name in ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad") else 1e-12
         if f.type in (int, float) and value is not None and not value >= least:
             raise ConfigError(f"--{f.name} {value}: give a positive number")
+    if config.seed >= 10**9:
+        raise ConfigError(f"--seed {config.seed}: give a number below 10^9")
     if config.lora_dropout is not None and config.lora_dropout >= 1:
         raise ConfigError(f"--lora_dropout {config.lora_dropout}: give a share below 1")
     return replace(config, stage=int(config.stage)) if config.stage.isdigit() else config
@@ -302,7 +304,7 @@ def load_trainer_state(checkpoint, optimizer, controller):
             controller.load_state_dict(state["controller"])
         return state["progress"]
     except Exception as error:  # the unpickler raises many kinds
-        raise ConfigError(f"--resume: {checkpoint / 'trainer.pt'} cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"--resume: {checkpoint / 'trainer.pt'} cannot be read ({hydra.reason(error)})") from None
 
 
 def describe(config, model):
@@ -368,22 +370,28 @@ def run_benchmark(config):
     rank, world_size, device = set_up_processes()
     questions = data.read_benchmark(config.benchmark, config.questions, config.annotations)
     path = Path(config.answers or f"{config.checkpoint}/answers-{config.benchmark}.jsonl")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--answers {path}: its folder does not exist; name another file")
     answers = data.read_answers(path, cut=True) if path.is_file() else []
-    if other := {answer.get("model_id") for answer in answers} - {config.checkpoint}:
+    model_id = str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint)  # a run that trains on is another model
+    if other := {answer.get("model_id") for answer in answers} - {model_id}:
         raise ConfigError(f"--answers {path}: has answers of {other.pop()}; name another file")
     left = [question for question, answered in data.join_answers(config.benchmark, questions, answers) if not answered]
     model, tokenizer, _ = hydra.load_checkpoint(config.checkpoint, config.vision_tower, config.projector, frozen_dtype(device))
     model.to(device)
     say(f"{len(questions)} questions, {len(answers)} answered before -> {path}")
     batch_size = config.per_device_train_batch_size or 64
-    with open(path if rank == 0 else os.devnull, "w") as file:  # a last line that was cut short is written again
-        file.writelines(json.dumps(answered) + "\n" for answered in answers)
+    if rank == 0:  # without a last line that was cut short
+        whole = path.with_name(path.name + ".unfinished")
+        whole.write_text("".join(json.dumps(answered) + "\n" for answered in answers))
+        whole.replace(path)
+    with open(path if rank == 0 else os.devnull, "a") as file:
         for start in tqdm(range(0, len(left), batch_size * world_size), disable=None if rank == 0 else True):
             mine = left[start + rank : start + batch_size * world_size : world_size]
             texts = answer(model, tokenizer, mine, config.images, device, config.num_workers or 0, batch_size, max_new_tokens=128)
             for question, text in sum(gather(list(zip(mine, texts))), []):
                 answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text,
-                                "answer_id": uuid.uuid4().hex, "model_id": config.checkpoint, "metadata": {}})  # fmt: skip
+                                "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}})  # fmt: skip
                 file.write(json.dumps(answers[-1]) + "\n")
             file.flush()
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
@@ -559,7 +567,7 @@ def run(config):
         for key, value in description.items():
             if key != "run" and saved.get(key) != value:
                 raise ConfigError(f"--resume: {checkpoint} has {key} {saved.get(key)}, this run {value}; use the same flags")
-        for key in ("data", "global_batch_size", "epochs", "max_steps", "seed", "lora_rank", "learning_rate"):
+        for key in ("data", "global_batch_size", "epochs", "max_steps", "seed", "lora_rank", "learning_rate", "warmup_ratio", "max_grad_norm"):
             if saved["run"].get(key) != getattr(config, key):
                 raise ConfigError(f"--resume: {checkpoint} was run with --{key} {saved['run'].get(key)}, not {getattr(config, key)}")
     elif config.resume:
@@ -601,7 +609,6 @@ def run(config):
 
     # what trains, and the state to go on from
     trained = [p for p in model.parameters() if p.requires_grad]
-    trainable = [sum(p.numel() for p in trained)]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
     controller = None
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
@@ -712,7 +719,7 @@ def run(config):
         done = progress["step"] = step + 1
         if all_bad:
             for problem in (problem for problems in gather(bad) for problem in problems):
-                progress["bad"].append(problem)
+                progress["bad"] += [problem] * (problem not in progress["bad"])  # once, however often it is met
                 say(f"image replaced by the next record's: {problem}")
                 log({"step": done, "bad": problem})
             if len(progress["bad"]) > config.max_bad * len(train):
@@ -729,7 +736,6 @@ def run(config):
             if len(set(gather(controller.checksum()))) > 1:
                 raise hydra.HydraError(f"step {done}: ranks differ between processes; continue from the last checkpoint with --resume")
             trained = [p for p in model.parameters() if p.requires_grad]
-            trainable.append(sum(p.numel() for p in trained))
             ddp = wrap()  # DDP holds the parameters that it was given
             event_seconds += time.time() - event_started
             say(describe_event(entry))
@@ -774,7 +780,10 @@ def run(config):
         after = evaluate(total_steps, questions)
         if questions:
             after["test_loss"] = test_loss(model, tokenizer, questions, config.images, rank, world_size, device)
-        after |= {"seconds": seconds, "parameters": max(trainable), "device": str(device), "torch": torch.__version__, "run": asdict(config)}
+        parameters = sum(p.numel() for p in trained)
+        if controller:  # the most that there were, before a resume, too
+            parameters += max(int((entry["ranks"] * controller.costs).sum()) for entry in controller.history) - controller.parameters_used()
+        after |= {"seconds": seconds, "parameters": parameters, "device": str(device), "torch": torch.__version__, "run": asdict(config)}
         log({"result": after, "step": total_steps})
         blind = accuracy(blind_answers(train, questions)) if questions else {}
         if controller and rank == 0:
@@ -849,7 +858,7 @@ def compare(config):
         if not lines or "result" not in lines[-1]:
             place = places.get()
             environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            environment |= {"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
+            environment |= {"LOCAL_RANK": str(place % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
             done = subprocess.run([sys.executable, *words, "--resume"], env=environment, capture_output=True, text=True)
             places.put(place)
             if done.returncode:
