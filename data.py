@@ -471,7 +471,8 @@ def read_benchmark(name, path, annotations=None):
         questions = [q | {"label": labels[label_key(name, q)]} for q in questions]
     valid = (lambda label: len(label) == 10) if name == "textvqa" else read
     refuse([q for q in questions if not valid(q["label"])], "have no valid label")
-    refuse([q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()], "have no text, or a category that is none")
+    odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
+    refuse(odd, "have no text, or a category that is none")
     ids = Counter(str(q["question_id"]) for q in questions if name not in ("textvqa", "mme"))
     refuse([q for q in questions if ids[str(q["question_id"])] > 1], "share their question_id")
     return questions

@@ -326,6 +326,7 @@ def test_new_rows_read_what_the_input_carries_and_no_row_reads_yet():
 def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer, dtype):
     model, samples = make_model(world, rank=2, nonzero=False), make_samples(world, tokenizer, 8)
     batches, inputs = [make_batch(samples, [i]) for i in range(8)], []
+    batches[0]["labels"].fill_(data.IGNORE)  # a record that was cut before its answer
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         hydra.align(model, batches)
     adapter = hydra.adapters(model)["model.layers.1.self_attn.q_proj"]
@@ -1056,6 +1057,7 @@ def test_eval_answers_and_scores(world, stage2, tmp_path):
     output = command(HERE / "train.py", *words, processes=2)
     assert "48 questions, 0 answered before" in output and "accuracy" in output
     content = (tmp_path / "answers.jsonl").read_bytes()
+    assert {json.loads(line)["model_id"] for line in content.splitlines()} == {str(hydra.find_checkpoint(stage2))}
     (tmp_path / "answers.jsonl").write_bytes(content[: len(content) // 2])  # as a kill would
     output = command(HERE / "train.py", *words)
     assert "0 answered before" not in output
@@ -1177,6 +1179,9 @@ def test_answers_must_match_the_questions(tmp_path):
         data.read_benchmark("vqa", write(tmp_path / "twice.jsonl", 2 * questions[:2]))
     with pytest.raises(data.DataError, match="3 questions have an unknown category, or no label"):
         data.read_benchmark("gqa", write(tmp_path / "q.jsonl", questions), write(tmp_path / "a.json", {"2": {"answer": "x"}}))
+    for odd in ({"category": 5}, {"text": " "}):
+        with pytest.raises(data.DataError, match="1 questions have no text, or a category that is none"):
+            data.read_benchmark("vqa", write(tmp_path / "odd.jsonl", [questions[0], questions[1] | odd]))
     with pytest.raises(data.DataError, match="line 2 lacks the text 'label'"):
         data.read_benchmark("vqa", write(tmp_path / "q.jsonl", [questions[0], {"question_id": 1, "image": "i", "text": "What?"}]))
 
@@ -1287,6 +1292,7 @@ def test_bad_models(world, uneven, tokenizer, tmp_path):
         ((edited(world / "llm", tmp_path / "vocab", vocab_size=1000),), r"\[1000, 32\] in the model"),
         ((edited(world / "llm", tmp_path / "vlm", model_type="mobilevlm"), world / "clip"), "model.mlp.1.weight is absent in it"),
         ((edited(uneven, tmp_path / "moved", model=str(other)),), "was trained on another LLM or CLIP"),
+        ((edited(uneven, tmp_path / "scale", scale=None),), "config.json: scale is missing or damaged"),
         ((world,), "no config.json"),
     ]:  # fmt: skip
         with pytest.raises(hydra.HydraError, match=message) as raised:
@@ -1313,6 +1319,8 @@ def test_an_error_is_one_line_and_exit_code_2(world, tmp_path, monkeypatch):
     ):
         output = command(*words, code=2)
         assert len([line for line in output.splitlines() if "error" in line]) == 1 and "Traceback" not in output
+    with pytest.raises(train.ConfigError, match="--seed 2000000000: give a number below"):
+        run_here(monkeypatch, "--stage", "1", "--seed", "2000000000")
     with pytest.raises(train.ConfigError, match="unrecognized arguments: --lora_rnk"):
         run_here(monkeypatch, "--stage", "1", "--lora_rnk", "4")
 
@@ -1410,7 +1418,7 @@ def test_check_lists_what_is_wrong(pictures, tmp_path):
 def test_a_broken_image_gives_its_place_to_the_next_record(world, stage1, pictures, tmp_path):
     shutil.copytree(world / "images", tmp_path / "images")
     shutil.copy(pictures / "empty.jpg", tmp_path / "images" / "00001.png")
-    words = flags(world, stage1, out=tmp_path / "out", images=tmp_path / "images", max_bad=0.05)
+    words = flags(world, stage1, out=tmp_path / "out", images=tmp_path / "images", max_bad=0.015, epochs=2)  # met twice, one image
     output = command(HERE / "train.py", *words, processes=2)
     assert "image replaced by the next record's: record instruct-1" in output and "left out: 1 broken images" in output
     output = command(HERE / "train.py", *words[: words.index("--max_bad")], "--out", tmp_path / "strict", code=2)
