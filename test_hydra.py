@@ -1418,7 +1418,7 @@ def test_check_lists_what_is_wrong(pictures, tmp_path):
 def test_a_broken_image_gives_its_place_to_the_next_record(world, stage1, pictures, tmp_path):
     shutil.copytree(world / "images", tmp_path / "images")
     shutil.copy(pictures / "empty.jpg", tmp_path / "images" / "00001.png")
-    words = flags(world, stage1, out=tmp_path / "out", images=tmp_path / "images", max_bad=0.015, epochs=2)  # met twice, one image
+    words = flags(world, stage1, out=tmp_path / "out", images=tmp_path / "images", max_bad=0.015, max_steps=None, epochs=2)  # met twice, one image
     output = command(HERE / "train.py", *words, processes=2)
     assert "image replaced by the next record's: record instruct-1" in output and "left out: 1 broken images" in output
     output = command(HERE / "train.py", *words[: words.index("--max_bad")], "--out", tmp_path / "strict", code=2)
