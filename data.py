@@ -472,7 +472,7 @@ def read_benchmark(name, path, annotations=None):
     valid = (lambda label: len(label) == 10) if name == "textvqa" else read
     refuse([q for q in questions if not valid(q["label"])], "have no valid label")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
-    refuse(odd, "have no text, or a category that is none")
+    refuse(odd, "have no text, or a category that is not text")
     ids = Counter(str(q["question_id"]) for q in questions if name not in ("textvqa", "mme"))
     refuse([q for q in questions if ids[str(q["question_id"])] > 1], "share their question_id")
     return questions

@@ -1180,7 +1180,7 @@ def test_answers_must_match_the_questions(tmp_path):
     with pytest.raises(data.DataError, match="3 questions have an unknown category, or no label"):
         data.read_benchmark("gqa", write(tmp_path / "q.jsonl", questions), write(tmp_path / "a.json", {"2": {"answer": "x"}}))
     for odd in ({"category": 5}, {"text": " "}):
-        with pytest.raises(data.DataError, match="1 questions have no text, or a category that is none"):
+        with pytest.raises(data.DataError, match="1 questions have no text, or a category that is not text"):
             data.read_benchmark("vqa", write(tmp_path / "odd.jsonl", [questions[0], questions[1] | odd]))
     with pytest.raises(data.DataError, match="line 2 lacks the text 'label'"):
         data.read_benchmark("vqa", write(tmp_path / "q.jsonl", [questions[0], {"question_id": 1, "image": "i", "text": "What?"}]))

@@ -295,6 +295,13 @@ def write_checkpoint(out, step, files, keep):
         shutil.rmtree(old)
 
 
+def write_lines(path, entries):
+    """JSON lines, whole or not at all."""
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    temporary.replace(path)
+
+
 def load_trainer_state(checkpoint, optimizer, controller):
     """Put the loop's state back; returns its progress."""
     try:
@@ -382,9 +389,7 @@ def run_benchmark(config):
     say(f"{len(questions)} questions, {len(answers)} answered before -> {path}")
     batch_size = config.per_device_train_batch_size or 64
     if rank == 0:  # without a last line that was cut short
-        whole = path.with_name(path.name + ".unfinished")
-        whole.write_text("".join(json.dumps(answered) + "\n" for answered in answers))
-        whole.replace(path)
+        write_lines(path, answers)
     with open(path if rank == 0 else os.devnull, "a") as file:
         for start in tqdm(range(0, len(left), batch_size * world_size), disable=None if rank == 0 else True):
             mine = left[start + rank : start + batch_size * world_size : world_size]
@@ -628,7 +633,7 @@ def run(config):
     if rank == 0:  # what came after the checkpoint, or was cut by a kill, is written again
         past = data.read_json(log_file, cut=True) if checkpoint and log_file.is_file() else []
         past = [entry for entry in past if entry["step"] <= first and not ({"accuracy", "result"} & entry.keys() and entry["step"] == total_steps)]
-        log_file.write_text("".join(json.dumps(entry) + "\n" for entry in past))
+        write_lines(log_file, past)
 
     def log(entry):
         if rank == 0:
@@ -877,7 +882,7 @@ def compare(config):
         best = {name: min((r for r in tried if r["method"] == name), key=lambda r: r["held_out_loss"])["learning_rate"] for name in methods}
         others = list(pool.map(train_one, [(name, best[name], seed) for seed in seeds[1:] for name in methods]))
     results = [r for r in tried if r["learning_rate"] == best[r["method"]]] + others
-    (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tried + others))
+    write_lines(out / "results.jsonl", tried + others)
     say(comparison_table(methods, results, rates))
 
 
