@@ -10,13 +10,14 @@
       -> image_to_tensor       pixels [3, S, S]
       -> collate               input_ids, attention_mask, labels [B, T] right-padded; pixel_values [N, 3, S, S]
 
-The toy world is written as ordinary LLaVA files, so that it takes the same path through this
-module as LLaVA-Pretrain 558k and mix665k do.
+Read hydra.py and train.py first; then this file to the line that says `skip on a first reading`. The toy world, below
+it, is written as ordinary LLaVA files: it takes the same path through this module as LLaVA's 558k and 665k records do.
 """
 
 import argparse
 import base64
 import csv
+import hashlib
 import io
 import json
 import os
@@ -29,7 +30,8 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import groupby, takewhile
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,7 +41,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
+from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids; hydra.py replaces it by the image's tokens
 IGNORE = -100  # label of a position that is no target
@@ -52,13 +58,110 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+# ------------------------------------------------------------------------------------------
+# errors, and files that are whole or not there
 
-class DataError(ValueError):
-    """A mistake in the user's files: one line that names the file or record and says what to do."""
+
+class Mistake(ValueError):
+    """The user's, in a flag, a file or a record: one line that names it and says what to do."""
 
 
-# ---------------------------------------------------------------------------------------------
+@contextmanager
+def reading(source):
+    """What a parser, decoder or unpickler raises inside, which is nearly anything, becomes a Mistake about the source."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+        reason = (reason or type(error).__name__).splitlines()[0]
+        raise Mistake(f"{source}: cannot be read ({reason})") from error
+
+
+@contextmanager
+def whole(path):
+    """A new file or folder: what is written to the name given appears as `path` at the end, on the disk, or not at all."""
+    path = Path(path)
+    temporary, old = path.with_name(path.name + ".unfinished"), path.with_name(path.name + ".old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for item in [*temporary.rglob("*"), temporary]:
+            handle = os.open(item, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if path.is_dir():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Mistake(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
+
+
+def check_text(text, source):
+    """Mistake if the text holds half of a surrogate pair, or bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise Mistake(f"{source}: holds half of a surrogate pair, or bytes that are no UTF-8; write it anew") from None
+
+
+def one_line(main):
+    """Run a command; the user's mistake in it ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `... | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Mistake, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "Traceback" in str(error):  # in which a reading process wraps the error
+            lines = lines[-1:]
+        lines[-1] = f"{Path(sys.argv[0]).name}: error: {lines[-1].removeprefix('data.Mistake: ')}"
+        print("\n".join(lines), file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------
 # record -> ids and labels
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
+    folder = Path(folder)
+    if (folder / "tokenizer.model").is_file():
+        for package, is_there in (("sentencepiece", is_sentencepiece_available), ("protobuf", is_protobuf_available)):
+            if not is_there():
+                raise Mistake(f"{folder}: its tokenizer.model needs the package {package}: pip install {package}")
+        with reading(folder / "tokenizer.model"):  # from_pretrained would merge runs of spaces in another order
+            vocabulary, _, merges = SentencePieceExtractor(str(folder / "tokenizer.model")).extract()
+            return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, pad_token="<unk>")
+    if not (folder / "tokenizer.json").is_file():
+        raise Mistake(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
+    with reading(folder / "tokenizer.json"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    for file in ("special_tokens_map.json", "tokenizer_config.json", "config.json"):  # the first to name a token counts
+        if not (folder / file).is_file():
+            continue
+        with reading(folder / file):
+            config = dict(json.loads((folder / file).read_bytes()))
+            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+                token = config.get(key)
+                token = token.get("content") if isinstance(token, dict) else token
+                if token is None and isinstance(config.get(f"{key}_id"), int):
+                    token = tokenizer.convert_ids_to_tokens(config[f"{key}_id"])
+                if getattr(tokenizer, key) is None and token in tokenizer.get_vocab():
+                    setattr(tokenizer, key, token)  # no new one: that would resize the embeddings
+    for key in ("bos_token", "eos_token"):
+        if getattr(tokenizer, key) is None:
+            raise Mistake(f"{folder}: its tokenizer names no {key}; write it into tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # is masked wherever it stands
+    return tokenizer
 
 
 def encode_conversation(conversations, tokenizer, template):
@@ -67,7 +170,7 @@ def encode_conversation(conversations, tokenizer, template):
     template "plain" (stage 1): BOS <image> caption "\\n"; the human turn is dropped.
     template "v1" (stage 2): SYSTEM USER: question ASSISTANT: answer</s>USER: ...; the targets are
     each answer and its </s>. A conversation that ends with a question is a prompt: its ids end
-    with "ASSISTANT:". Returns two lists of equal length T.
+    with "ASSISTANT:", as with an empty answer. Returns two lists of equal length T.
     """
 
     def encode(text):
@@ -89,153 +192,150 @@ def encode_conversation(conversations, tokenizer, template):
         append(encode(conversations[1]["value"] + "\n"), target=True)
         return input_ids, labels
 
-    before = SYSTEM + " "
+    before = SYSTEM + " "  # what is not encoded yet, since text that no </s> parts is encoded together
     for turn in conversations:
         text = turn["value"]
         if "<image>" in text:  # wherever it stood, the image comes first
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if turn["from"] == "gpt":
+        if turn["from"] == "human":
+            before += (f"USER: {text} " if text else "USER:") + "ASSISTANT:"
+        elif text:  # an empty answer adds nothing, not even its </s>
+            append_prompt(before, encode, append)
             append(encode(text) + [tokenizer.eos_token_id], target=True)
             before = ""
-        else:
-            pieces = f"{before}USER: {text} ASSISTANT:".split("<image>")
-            append(encode(pieces[0]), target=False)
-            for piece in pieces[1:]:  # text on either side of the image is encoded apart
-                append([IMAGE_TOKEN] + encode(piece), target=False)
+    if before:
+        append_prompt(before, encode, append)
     return input_ids, labels
 
 
-# ---------------------------------------------------------------------------------------------
+def append_prompt(text, encode, append):
+    """Text up to an answer; on either side of the image it is encoded apart."""
+    first, *rest = text.split("<image>")
+    append(encode(first), target=False)
+    for piece in rest:
+        append([IMAGE_TOKEN] + encode(piece), target=False)
+
+
+# ------------------------------------------------------------------------------------------
 # image -> tensor
 
 
-def open_image(folder, name, size=None):
-    """RGB image `name` inside `folder`, or of a data URL (data:;base64,…); DataError if it is missing, broken, huge or outside.
-
-    With the size [pixels] that it is needed at, a JPEG is read whole, but decoded at a half to an eighth of its own
-    where that is still twice as much: image_to_tensor then gives the same to two steps of 255.
-    """
+def open_image(folder, name):
+    """RGB image `name` inside `folder`, or of a data URL (data:;base64,…); Mistake if missing, broken, huge, outside."""
     path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
-    try:
-        if name.startswith("data:"):
+    if name.startswith("data:"):
+        with reading(path):
             source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
-        elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
-            raise DataError(f"{path}: the image lies outside {folder}; give paths inside the image folder")
-        with warnings.catch_warnings():  # Pillow warns from 89 megapixels on: refuse from there
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(source)
-            if size:
-                image.draft(None, (2 * size, 2 * size))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image; check --images and the record") from None
-    except DataError:
-        raise
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise DataError(f"{path}: cannot be decoded ({error or type(error).__name__}); repair or remove it") from None
+    elif "://" in name:
+        raise Mistake(f"{name}: is an address; download the image, and name its file")
+    elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
+        raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
+    elif path.is_dir():
+        raise Mistake(f"{path}: is a folder; name an image in it")
+    elif not path.is_file():
+        raise Mistake(f"{path}: no such image; check --images and the record")
+    with reading(path), warnings.catch_warnings():  # Pillow warns from 89 megapixels on: refuse from there
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(source)
+        image.load()
+        if image.mode.startswith("I;16"):  # convert would clip what is above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise Mistake(f"{path}: has 32 bits a pixel, of unknown range; save it with 8 bits a channel")
+        return image.convert("RGB")
 
 
 def image_to_tensor(image, size, mode):
-    """RGB image -> normalised float tensor [3, size, size].
+    """RGB image -> normalised float tensor [3, size, size], upstream's to two steps of 255.
 
     mode "crop" (stage 1) keeps the middle square; "pad" (stage 2) loses nothing: the image is
     set in the middle of a square of CLIP's mean colour. Both then resize with a bicubic filter.
     EXIF rotation is ignored, as upstream does.
     """
-    if max(image.size) > 8 * size:  # average whole blocks of pixels first: a square of 20,000 x 10 would take a gigabyte
-        factor = max(image.size) // (4 * size)
-        image = image.reduce((min(factor, image.width), min(factor, image.height)))
-
-    def middle(length, wanted):
-        return slice((length - wanted) // 2, (length - wanted) // 2 + wanted)
-
+    if max(image.size) > 8192:  # the square around a strip would take gigabytes
+        image = image.copy()
+        image.thumbnail((8192, 8192), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image))  # [height, width, 3], bytes
     height, width = pixels.shape[:2]
-    side, most = max(height, width), 8 * min(height, width)  # no need to resize more of a stripe than is kept
+    side = max(height, width)
     if mode == "pad" and height != width:
         line = (255 * torch.tensor(CLIP_MEAN)).byte().repeat(side)
         square = line.expand(side, -1).contiguous().view(side, side, 3)
         square[middle(side, height), middle(side, width)] = pixels
-        pixels, height, width = square, side, side
-    elif side > most:
-        height, width = min(height, most), min(width, most)
-        pixels = pixels[middle(pixels.shape[0], height), middle(pixels.shape[1], width)]
-    full = size * height // min(height, width), size * width // min(height, width)
+        pixels = square
+    elif side > 1000 * min(height, width):  # a line: no need to resize more of it than is kept
+        most = 1000 * min(height, width)
+        pixels = pixels[middle(height, min(height, most)), middle(width, min(width, most))]
     pixels = pixels.permute(2, 0, 1)
-    if full != (height, width):  # three times as fast as Pillow's, and the same to one step of 255
+    height, width = pixels.shape[1:]
+    full = size * height // min(height, width), size * width // min(height, width)
+    if full != (height, width):  # five times as fast as Pillow's, and the same to a step or two of 255
         pixels = F.interpolate(pixels[None], full, mode="bicubic", antialias=True)[0]
+    pixels = pixels[:, middle(full[0], size), middle(full[1], size)].float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return pixels[:, middle(full[0], size), middle(full[1], size)].float().mul_(1 / (255 * std)).sub_(mean / std)
+    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-# ---------------------------------------------------------------------------------------------
-# dataset, collate, sampling
+def middle(length, wanted):
+    """The slice of so many in the middle of a length."""
+    return slice((length - wanted) // 2, (length - wanted) // 2 + wanted)
+
+
+# ------------------------------------------------------------------------------------------
+# records, checked before anything else is loaded
 
 
 def read_json(path, lines=False, cut=False):
-    """Parsed JSON; a list from JSON lines, which a name in .jsonl means too. cut: but for a last line cut short by a kill."""
-    lines = lines or str(path).endswith(".jsonl")
-    try:
+    """Parsed JSON; a list from JSON lines, whatever the file's name. cut: but for a last line cut short by a kill."""
+    with reading(path):
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    parts = content.split(b"\n") if lines else [content]  # bytes: a cut may lie within a character
+    if not (lines or str(path).endswith(".jsonl")):
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            if "Extra data" not in str(error):
+                raise Mistake(f"{path}: is not valid JSON ({error})") from error
+    parts = content.split(b"\n")  # bytes: a cut may lie within a character
     if cut:
         parts.pop()  # what follows the last line break: nothing, or a line cut short
     values = []
     for number, part in enumerate(parts, 1):
         try:
-            if part.strip() or not lines:
-                values.append(json.loads(part))
+            values += [json.loads(part)] if part.strip() else []
         except (ValueError, RecursionError) as error:
-            last = ", the last, is cut short or" if lines and number == len(parts) else ""
-            raise DataError(f"{path}: {f'line {number}{last} ' if lines else ''}is not valid JSON ({error})") from None
-    return values if lines else values[0]
-
-
-def read_rows(path, fields, cut=False):
-    """JSON lines of objects with these fields: texts, but for a question_id, which may be a number."""
-    rows = read_json(path, lines=True, cut=cut)
-    for number, row in enumerate(rows, 1):
-        for field in fields:
-            value = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(value, (str, int) if field == "question_id" else str):
-                raise DataError(f"{path}: line {number} lacks the {'id' if field == 'question_id' else 'text'} '{field}'")
-    return rows
+            last = ", the last, is cut short or" if number == len(parts) else ""
+            raise Mistake(f"{path}: line {number}{last} is not valid JSON ({error})") from error
+    return values
 
 
 def find_problems(path, images):
-    """(records, [(index, problem)]) of a JSON file of LLaVA records; no image is opened."""
+    """(records, {index: problem}) of a file of LLaVA records; no image is opened."""
     records = read_json(path)
     if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
-    if any(isinstance(record, dict) and "image" in record for record in records) and not (images and Path(images).is_dir()):
-        raise DataError(f"--images {images}: no such image folder")
+        raise Mistake(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
+    for record in records:  # an image "" or null is none
+        if isinstance(record, dict) and "image" in record and record["image"] in ("", None):
+            del record["image"]
+    if any(isinstance(record, dict) and "image" in record for record in records) and not Path(images or "-").is_dir():
+        raise Mistake(f"--images {images}: no such image folder")
+    root = Path(images or "").resolve()
 
     @lru_cache(maxsize=None)
-    def listing(folder):  # one look at each folder instead of one at each of 665k files
-        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    def names_in(folder):
+        """{name: whether it leads out of the image folder}: one look at each folder, not at each of 665k files."""
+        is_outside = not Path(folder).resolve().is_relative_to(root)
+        if not os.path.isdir(folder):
+            return {}
+        links = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
+        links = {name for name in links if not Path(folder, name).resolve().is_relative_to(root)}
+        return {name: is_outside or name in links for name in os.listdir(folder)}
 
-    return records, [(i, problem) for i, record in enumerate(records) if (problem := record_problem(record, images, listing))]
-
-
-def name_of(records, i):
-    return f"record {i} ({records[i].get('id', 'without id') if isinstance(records[i], dict) else 'without id'})"
-
-
-def read_records(path, images):
-    """LLaVA records of a JSON file, checked whole: DataError lists what is wrong."""
-    records, problems = find_problems(path, images)
-    if problems:
-        lines = [f"{path}: {name_of(records, i)}: {problem}" for i, problem in problems[:20]]
-        if problems[1:]:
-            lines.append(f"{path}: {len(problems)} of {len(records)} records are wrong; repair or remove them (data.py check lists all)")
-        raise DataError("\n".join(lines))
-    return records
+    problems = ((i, record_problem(record, images, names_in)) for i, record in enumerate(records))
+    return records, {i: problem for i, problem in problems if problem}
 
 
-def record_problem(record, images, listing):
-    """What is wrong with one record, in words, or None. listing(folder) gives the names in it."""
+def record_problem(record, images, names_in):
+    """What is wrong with one record, in words, or None. names_in: see find_problems."""
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not record["conversations"]:
         return "has no list 'conversations'"
     for turn in record["conversations"]:
@@ -253,16 +353,50 @@ def record_problem(record, images, listing):
     if any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"):
         return "has <image> in an answer; it belongs in a question"
     placeholders = sum(turn["value"].count("<image>") for turn in record["conversations"])
-    if "image" not in record and placeholders:
-        return "has <image> in its text but no field 'image'"
-    if "image" in record:
-        if not isinstance(record["image"], str) or os.path.isabs(record["image"]) or ".." in Path(record["image"]).parts:
-            return "field 'image' is not the name of a file inside the image folder"
-        if placeholders != 1:
-            return f"has an image and {placeholders} <image> in its text; write it once"
-        folder, name = os.path.split(os.path.join(images, record["image"]))
-        if name not in listing(folder):
-            return f"image {os.path.join(folder, name)} does not exist"
+    if "image" not in record:
+        return "has <image> in its text but no field 'image'" if placeholders else None
+    if placeholders != 1:
+        return f"has an image and {placeholders} <image> in its text; write it once"
+    name = record["image"]
+    if isinstance(name, str) and os.path.isabs(name) and Path(name).is_relative_to(Path(images).resolve()):
+        name = record["image"] = str(Path(name).relative_to(Path(images).resolve()))
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+        return "field 'image' is not the name of a file inside the image folder"
+    folder, file = os.path.split(os.path.join(images, name))
+    names = names_in(folder)
+    if file not in names:
+        return f"image {os.path.join(folder, file)} does not exist"
+    if names[file]:
+        return f"image {os.path.join(folder, file)} leaves {images} through a link; copy or mount the files inside it"
+
+
+def name_of(records, i):
+    return f"record {i} ({records[i].get('id', 'without id') if isinstance(records[i], dict) else 'without id'})"
+
+
+def read_records(path, images):
+    """LLaVA records of a file, all checked; the Mistake lists the first 20 that are wrong."""
+    records, problems = find_problems(path, images)
+    if problems:
+        lines = [f"{path}: {name_of(records, i)}: {problems[i]}" for i in [*problems][:20]]
+        if len(problems) > 1:
+            advice = "repair or remove them (data.py check lists all)"
+            lines += [f"{path}: {len(problems)} of {len(records)} records are wrong; {advice}"]
+        raise Mistake("\n".join(lines))
+    return records
+
+
+def fingerprint(records):
+    """Tells the records of one file from another's, whatever the files' names: of images and turns, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        texts = [turn["value"] for turn in record["conversations"]]
+        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------
+# dataset, batches, and their order
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -275,8 +409,10 @@ class ConversationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, images, tokenizer, template, image_size, image_tokens, context_length, replace=True):
-        self.records, self.images, self.tokenizer, self.template = records, images, tokenizer, template
-        self.image_size, self.image_tokens, self.context_length, self.replace = image_size, image_tokens, context_length, replace
+        self.records, self.images = records, images
+        self.tokenizer, self.template = tokenizer, template
+        self.image_size, self.image_tokens, self.context_length = image_size, image_tokens, context_length
+        self.replace = replace
 
     def __len__(self):
         return len(self.records)
@@ -287,20 +423,35 @@ class ConversationDataset(torch.utils.data.Dataset):
             record = self.records[index if i == 0 else (index + i) % len(self.records)]
             try:
                 return self.sample(record) | {"bad": bad}
-            except DataError as error:
-                if not self.replace:
-                    raise
+            except Mistake as error:
                 bad.append(f"record {record.get('id', 'without id')}: {error}")
-        raise DataError(f"--images {self.images}: none of the images can be decoded")
+                if not self.replace:
+                    raise Mistake(bad[0]) from error
+        raise Mistake(f"--images {self.images}: none of the images can be decoded, e.g. {bad[0]}")
 
     def sample(self, record):
         input_ids, labels = encode_conversation(record["conversations"], self.tokenizer, self.template)
         limit = self.context_length - (self.image_tokens - 1 if "image" in record else 0)
-        input_ids, labels, pixels = input_ids[:limit], labels[:limit], None
-        if IMAGE_TOKEN in input_ids:
+        sample = {"input_ids": input_ids[:limit], "labels": labels[:limit], "pixel_values": None}
+        if IMAGE_TOKEN in sample["input_ids"]:
             mode = "crop" if self.template == "plain" else "pad"
-            pixels = image_to_tensor(open_image(self.images, record["image"], self.image_size), self.image_size, mode)
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels}
+            sample["pixel_values"] = image_to_tensor(open_image(self.images, record["image"]), self.image_size, mode)
+        return sample
+
+
+def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
+    """(how many of the records the context cuts, how many have no target in it)."""
+    cut = empty = 0
+    for record in records:
+        limit = context_length - (image_tokens - 1 if "image" in record else 0)
+        texts = [turn["value"] for turn in record["conversations"]]
+        # no token is shorter than a byte: what is short for certain need not be encoded
+        if all(texts) and sum(len(text.encode()) + 32 for text in texts) + len(SYSTEM) <= limit:
+            continue
+        input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
+        cut += len(input_ids) > limit
+        empty += all(label == IGNORE for label in labels[:limit])
+    return cut, empty
 
 
 def collate(samples):
@@ -315,8 +466,23 @@ def collate(samples):
         "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad(labels, batch_first=True, padding_value=IGNORE),
         "pixel_values": torch.stack(pixels) if pixels else None,
-        "bad": [problem for sample in samples for problem in sample.get("bad", [])],
     }
+
+
+def passes(samples, most_tokens, image_tokens):
+    """The batches that samples are run in: as few as hold at most so many tokens each, rows × longest row.
+
+    A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.
+    """
+    def tokens(sample):
+        return len(sample["input_ids"]) + (image_tokens - 1) * (sample["pixel_values"] is not None)
+
+    parts = [[]]
+    for sample in sorted(samples, key=tokens):
+        if parts[-1] and (len(parts[-1]) + 1) * tokens(sample) > most_tokens:
+            parts.append([])
+        parts[-1].append(sample)
+    return [collate(part) for part in parts]
 
 
 def count_tokens(batch, image_tokens):
@@ -359,35 +525,25 @@ def micro_batches(batch, per_device, world_size):
     return [[part.tolist() for part in parts[i * world_size : (i + 1) * world_size]] for i in range(steps)]
 
 
-def random_records(stage, count, seed=0):
-    """Records for a benchmark: captions of about 25 words with an image; or questions of 30 words with log-normal answers,
-    median 150 and σ = 0.9 (cut at the context), 94 % with an image. The images are 640 x 480 JPEGs."""
-    rng, urls = np.random.default_rng(seed), []
-    for _ in range(8):
-        noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
-        noise.save(file := io.BytesIO(), "JPEG", quality=90)
-        urls.append("data:;base64," + base64.b64encode(file.getvalue()).decode())
-    words = rng.lognormal(*((np.log(25), 0.25) if stage == 1 else (np.log(150), 0.9)), count).astype(int).clip(1, 2000)
-    records = []
-    for i, (length, has_image) in enumerate(zip(words.tolist(), (rng.random(count) < (1 if stage == 1 else 0.94)).tolist())):
-        question, answer = "<image>\n" * has_image + " ".join(30 * ["red"]), " ".join(length * ["red"])
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": i, "conversations": turns} | ({"image": urls[i % 8]} if has_image else {}))
-    return records
-
+# ------------------------------------------------------------------------------------------
+# From here on: skip on a first reading. Benchmarks and their scores, the toy world, commands.
+# ------------------------------------------------------------------------------------------
+# benchmarks: answers are read by the rules of each published script, whose oddities count too
 
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
     if not (images and Path(images).is_dir()):
-        raise DataError(f"--images {images}: no such image folder")
+        raise Mistake(f"--images {images}: no such image folder")
     questions = read_benchmark("vqa", path)
-    for question in questions:
-        open_image(images, question["image"], size=1)  # not to be found out in the middle of a run
+    for image in {question["image"] for question in questions}:
+        open_image(images, image)  # not to be found out in the middle of a run
     return questions
 
 
-# ---------------------------------------------------------------------------------------------
-# benchmarks: answers are read by the rules of each published script, whose oddities count too
+def kind_of(question):
+    """The question's category, or its first two words."""
+    return question.get("category") or " ".join(question["text"].split()[:2])
+
 
 DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
 CONTRACTIONS = {  # "couldnt've" and "couldn'tve" -> "couldn't've": each word written with one apostrophe less
@@ -423,6 +579,14 @@ def letter(text):
     return found[0] if len(found) == 1 else ""
 
 
+def sqa_letter(text):
+    """The option that an answer to ScienceQA picks, as LLaVA's script reads it: "B", "B. …" or, once, "The answer is B."."""
+    if text in tuple("ABCDE"):
+        return text
+    found = re.findall(r"^[A-E](?=\. )", text) or re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else ""
+
+
 def plain_words(text):
     """TextVQA's normal form: digits for number words, no articles, no punctuation, apostrophes put back."""
     text = re.sub(r"[,?]", "", text.lower()).replace("'s", " 's").strip()
@@ -439,31 +603,46 @@ BENCHMARKS = {  # name: how its answers are read, what its questions must hold, 
         lambda text: "no" if {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes",
         ("question_id", "image", "text", "category"), "folder of coco_pope_CATEGORY.json"),
     "gqa": (exact, ("question_id", "image", "text"), "testdev_balanced_questions.json"),
-    "sqa": (letter, (), None),
+    "sqa": (sqa_letter, (), None),
     "textvqa": (plain_words, ("question_id", "image", "text"), "TextVQA_0.5.1_val.json"),
     "mme": (  # what the first four characters hold
         lambda text: next((word for word in ("yes", "no") if word in text.strip().lower()[:4]), ""),
         ("question_id", "image", "text", "category"), "folder of CATEGORY.txt"),
     "mmbench": (letter, ("index", "question", "hint", "A", "B", "C", "D", "answer", "image"), None),
+    "mmbench_cn": (letter, ("index", "question", "hint", "A", "B", "C", "D", "answer", "image"), None),
 }  # fmt: skip
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 BRIEFLY = "Answer the question using a single word or phrase."
 BY_LETTER = "Answer with the option's letter from the given choices directly."
+BY_LETTER_CN = "请直接回答选项字母。"
+
+
+def read_rows(path, fields, cut=False):
+    """JSON lines of objects with these fields: texts, but for a question_id, which may be a number."""
+    rows = read_json(path, lines=True, cut=cut)
+    for number, row in enumerate(rows, 1):
+        for field in fields:
+            value = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(value, (str, int) if field == "question_id" else str):
+                raise Mistake(f"{path}: line {number} lacks the {'id' if field == 'question_id' else 'text'} '{field}'")
+            check_text(str(value), f"{path}: line {number}: '{field}'")
+    return rows
 
 
 def read_benchmark(name, path, annotations=None):
     """The questions of a benchmark with their labels, from the files that LLaVA's own evaluation reads.
 
     Each is {"question_id", "text" (the whole prompt but <image>), "label", "image" (None: text alone)} and
-    "category" where there is one; mmbench's "image" is a data URL, for open_image. DataError says what is wrong.
+    "category" where there is one; mmbench's "image" is a data URL, for open_image. Mistake says what is wrong.
     """
     read, fields, where = BENCHMARKS[name]
     if where and not annotations:
-        raise DataError(f"--annotations: {name} needs its {where}")
-    questions = list({"sqa": read_sqa, "mmbench": read_mmbench}.get(name, read_rows)(path, fields))
+        raise Mistake(f"--annotations: {name} needs its {where}")
+    readers = {"sqa": read_sqa, "mmbench": read_mmbench, "mmbench_cn": partial(read_mmbench, asks=BY_LETTER_CN)}
+    questions = list(readers.get(name, read_rows)(path, fields))
     if not questions:
-        raise DataError(f"{path}: holds no questions")
+        raise Mistake(f"{path}: holds no questions")
     if where:
         labels = {label_key(name, row): row["label"] for row in read_labels(name, annotations)}
         unknown = [q for q in questions if label_key(name, q) not in labels]
@@ -479,10 +658,10 @@ def read_benchmark(name, path, annotations=None):
 
 
 def refuse(questions, problem):
-    """DataError that counts the questions with a problem, if there are any."""
+    """Mistake that counts the questions with a problem, if there are any."""
     if questions:
         first = {key: questions[0][key] for key in ("question_id", "category", "text") if key in questions[0]}
-        raise DataError(f"{len(questions)} questions {problem}, e.g. {str(first)[:200]}")
+        raise Mistake(f"{len(questions)} questions {problem}, e.g. {str(first)[:200]}")
 
 
 def read_sqa(path, _):
@@ -492,28 +671,28 @@ def read_sqa(path, _):
         try:
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
-            yield {"question_id": record["id"], "text": text, "label": letter(label), "image": record.get("image")}
+            yield {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": record.get("image")}
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}}") from None
+            raise Mistake(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}}") from None
 
 
-def read_mmbench(path, columns):
+def read_mmbench(path, columns, asks=BY_LETTER):
     """MMBench's table of tab-separated values; a rotated copy may give the index of the row with its image."""
     csv.field_size_limit(2**27)  # an image is one field, the default limit 128 KiB
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(table := csv.DictReader(file, delimiter="\t"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise Mistake(f"{path}: cannot be read ({error})") from None
     if missing := [column for column in columns if column not in (table.fieldnames or ())]:
-        raise DataError(f"{path}: has no column {', '.join(missing)}")
+        raise Mistake(f"{path}: has no column {', '.join(missing)}")
     images = {row["index"]: row["image"] for row in rows}
     for i, row in enumerate(rows, 1):
         if None in (*row, *row.values()) or not row["index"].isdecimal():
-            raise DataError(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
+            raise Mistake(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
         given = {column: row[column] for column in columns if row[column].lower() not in ("", "nan", "none")}
         options = [f"{option}. {given[option]}" for option in takewhile(given.get, "ABCD")]
-        text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, BY_LETTER]))
+        text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, asks]))
         image = images.get(row["image"], row["image"])
         yield {"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": f"data:;base64,{image}"}
 
@@ -534,10 +713,10 @@ def read_labels(name, path):
             for file in [file for file in Path(path).glob("*.txt") if file.stem in PERCEPTION + COGNITION]:
                 for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
                     if len(cells := line.strip().split("\t")) != 3:
-                        raise DataError(f"{file}: line {number} is not image TAB question TAB answer")
+                        raise Mistake(f"{file}: line {number} is not image TAB question TAB answer")
                     yield dict(zip(("image", "text", "label"), cells), category=file.stem)
     except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no {BENCHMARKS[name][2]} ({error!r})") from None
+        raise Mistake(f"{path}: is no {BENCHMARKS[name][2]} ({error!r})") from None
 
 
 def label_key(name, row):
@@ -562,7 +741,7 @@ def read_answers(path, cut=False):
 
 
 def join_answers(name, questions, answers):
-    """[(question, its answer or None)]; DataError for answers that belong to no question or come twice."""
+    """[(question, its answer or None)]; Mistake for answers that belong to no question or come twice."""
 
     def key(row, prompt):  # the ids of two benchmarks are those of the images
         return str(row["question_id"]), bare(prompt) if name in ("textvqa", "mme") else None
@@ -572,7 +751,7 @@ def join_answers(name, questions, answers):
         waiting[key(answer, answer["prompt"])].append(answer)
     pairs = [(q, rest.pop() if (rest := waiting[key(q, q["text"])]) else None) for q in questions]
     if over := sum(waiting.values(), []):
-        raise DataError(f"{len(over)} answers belong to no question or come twice, e.g. question_id {over[0]['question_id']}")
+        raise Mistake(f"{len(over)} answers belong to no question or come twice, e.g. question_id {over[0]['question_id']}")
     return pairs
 
 
@@ -580,7 +759,7 @@ def score(name, questions, answers):
     """{what: number}: shares from 0 to 1, for mme points, of read_benchmark's questions and their answers.
 
     MME gives 100 × (share of right answers + share of images with both right) per category. mmbench's accuracy
-    counts rotated copies like any row. DataError unless each question has one answer and each answer a question.
+    counts rotated copies like any row. Mistake unless each question has one answer and each answer a question.
     """
     read, pairs, scores = BENCHMARKS[name][0], join_answers(name, questions, answers), {}
     refuse([question for question, answer in pairs if answer is None], "have no answer")
@@ -621,7 +800,7 @@ def score(name, questions, answers):
         scores["accuracy"] = right.mean()
         if name == "sqa" and (at := [i for i, q in enumerate(questions) if q["image"]]):
             scores["accuracy with image"] = right[at].mean()
-        if name == "mmbench" and len(copies := rows(lambda q: q["question_id"] % 10**6)) < len(questions):
+        if name.startswith("mmbench") and len(copies := rows(lambda q: q["question_id"] % 10**6)) < len(questions):
             scores["circular accuracy"] = np.mean([right[at].all() for at in copies.values()])
     return {what: float(value) for what, value in scores.items()}
 
@@ -633,7 +812,7 @@ def score_table(name, scores):
     )
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # the toy world: scenes, their captions and questions
 #
 # A scene is a 3 x 3 grid with one to four shapes and one letter. The LLM is trained on text alone,
@@ -765,29 +944,24 @@ def write_world(folder, train=12000, test=600, seed=0):
 
 def make_world(folder):
     """The toy world and its backbones in `folder`, unless they are there: written whole or not at all."""
-    folder = Path(folder)
-    if not folder.exists():
-        print(f"making the toy world and its two backbones in {folder}: once, about two minutes", flush=True)
-        temporary = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_world(temporary)
-        train_tokenizer(temporary / "llm")
+    if Path(folder).exists():
+        return
+    print(f"making the toy world and its two backbones in {folder}: once, about two minutes", flush=True)
+    with whole(folder) as world:
+        write_world(world)
+        train_tokenizer(world / "llm")
         # models this small gain more from a core each than from two threads
         with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            for done in [pool.submit(train_llm, temporary), pool.submit(train_clip, temporary)]:
+            for done in [pool.submit(train_llm, world), pool.submit(train_clip, world)]:
                 done.result()
-        temporary.rename(folder)
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # the toy world's backbones: a tokenizer, a LLaMA trained on text, a CLIP trained contrastively
 
 
 def train_tokenizer(folder):
     """Byte-level BPE in which each word of the toy world is one token and any other text is bytes."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
     rng = random.Random(0)
     lines = [SYSTEM, "USER: ASSISTANT:", "Describe the image.", "nothing"]
     for _ in range(2000):
@@ -856,10 +1030,8 @@ def chat_row(tokenizer, rng):
 
 def train_llm(world, steps=550, batch_size=32, seed=0):
     """world/llm: a LLaMA that has read scenes as words and chat without scenes."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
-    rng, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(world / "llm")
+    rng, tokenizer = random.Random(seed), load_tokenizer(world / "llm")
     llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=512, rms_norm_eps=1e-6, pad_token_id=0,
@@ -877,10 +1049,8 @@ def train_llm(world, steps=550, batch_size=32, seed=0):
 
 def train_clip(world, steps=250, batch_size=128, seed=0):
     """world/clip: the vision tower of a CLIP trained on pictures and their captions in reading order."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-
     torch.manual_seed(seed)
-    rng, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(world / "llm")
+    rng, tokenizer = random.Random(seed), load_tokenizer(world / "llm")
     # CLIP reads a caption at its end token: <s> (1) serves, since transformers takes the id 2 for an old mistake
     size = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4)
     clip = CLIPModel(CLIPConfig(
@@ -902,19 +1072,34 @@ def train_clip(world, steps=250, batch_size=128, seed=0):
     save_backbone(clip.vision_model, world / "clip")
 
 
-# ---------------------------------------------------------------------------------------------
+def random_records(stage, count, seed=0):
+    """Records for a benchmark: captions of about 25 words with an image; or questions of 30 words with log-normal answers,
+    median 150 and σ = 0.9 (cut at the context), 94 % with an image. The images are 640 x 480 JPEGs."""
+    rng, urls = np.random.default_rng(seed), []
+    for _ in range(8):
+        noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        noise.save(file := io.BytesIO(), "JPEG", quality=90)
+        urls.append("data:;base64," + base64.b64encode(file.getvalue()).decode())
+    words = rng.lognormal(*((np.log(25), 0.25) if stage == 1 else (np.log(150), 0.9)), count).astype(int).clip(1, 2000)
+    records = []
+    for i, (length, has_image) in enumerate(zip(words.tolist(), (rng.random(count) < (1 if stage == 1 else 0.94)).tolist())):
+        question, answer = "<image>\n" * has_image + " ".join(30 * ["red"]), " ".join(length * ["red"])
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({"id": i, "conversations": turns} | ({"image": urls[i % 8]} if has_image else {}))
+    return records
+
+
+# ------------------------------------------------------------------------------------------
 # commands
 
 
 def show(args):
     """Print records as the model sees them: [masked] text, then the text that is trained on."""
-    import hydra  # for its tokenizer alone: nothing else here needs the model
-
     records = read_records(args.data, args.images)
     try:
-        tokenizer = hydra.load_tokenizer(Path(args.tokenizer))
-    except hydra.HydraError as error:
-        raise DataError(f"{error}; or first run train.py --stage 1, or give --tokenizer FOLDER") from None
+        tokenizer = load_tokenizer(args.tokenizer)
+    except Mistake as error:
+        raise Mistake(f"{error}; or first run train.py --stage 1, or give --tokenizer FOLDER") from None
     template = args.template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
     for record in records[: args.count]:
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
@@ -933,14 +1118,13 @@ def show(args):
 
 def check(args):
     """Print every record that is wrong, its image opened: index and id, file, reason. Exit code 1 if there is one."""
-    records, problems = find_problems(args.data, args.images)
-    wrong = dict(problems)
+    records, wrong = find_problems(args.data, args.images)
 
     def image_problem(i):
         if i not in wrong and "image" in records[i]:
             try:
-                open_image(args.images, records[i]["image"], size=1)
-            except DataError as error:
+                open_image(args.images, records[i]["image"])
+            except Mistake as error:
                 return str(error)
 
     with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes outside Python's lock
@@ -959,10 +1143,10 @@ def bench(args):
     torch.set_num_threads(1)
     names = sorted(str(path.relative_to(args.images)) for path in Path(args.images).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not names:
-        raise DataError(f"--images {args.images}: no .jpg or .png in this folder")
+        raise Mistake(f"--images {args.images}: no .jpg or .png in this folder")
     started = time.perf_counter()
     for name in names[: args.count]:
-        image_to_tensor(open_image(args.images, name, args.size), args.size, "pad")
+        image_to_tensor(open_image(args.images, name), args.size, "pad")
     rate = len(names[: args.count]) / (time.perf_counter() - started)
     print(f"{rate:.0f} images/s: decoded, padded, resized to {args.size} x {args.size}, normalised ({len(names[: args.count])} images)")
     with tempfile.TemporaryDirectory() as folder:
@@ -978,7 +1162,7 @@ def print_score(args):
     print(score_table(args.benchmark, score(args.benchmark, questions, read_answers(args.answers))))
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description="LLaVA records and the toy world")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("show", help="print a few records as the model sees them, what is masked in [brackets]")
@@ -1005,8 +1189,8 @@ if __name__ == "__main__":
     command.add_argument("--annotations", help="the benchmark's labels, where its questions have none")
     command.set_defaults(run=print_score)
     args = parser.parse_args()
-    try:
-        args.run(args)
-    except DataError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    one_line(main)
