@@ -10,7 +10,7 @@
       -> image_to_tensor       pixels [3, S, S]
       -> collate               input_ids, attention_mask, labels [B, T] right-padded; pixel_values [N, 3, S, S]
 
-Read hydra.py and train.py first; then this file to the line that says `skip on a first reading`. The toy world, below
+Read hydra.py and train.py first; then this file to the section comment that says what to skip. The toy world, below
 it, is written as ordinary LLaVA files: it takes the same path through this module as LLaVA's 558k and 665k records do.
 """
 

@@ -3,7 +3,7 @@
     python hydra.py chat CHECKPOINT --image FILE [--prompt TEXT]
     python hydra.py export CHECKPOINT --format peft|mobilevlm|hf --to DIR
 
-Read this file from the top to the line that says `skip on a first reading`; then train.py, then data.py, likewise.
+Read this file from the top to the section comment that says what to skip; then train.py, then data.py, likewise.
 
     image [B, 3, 336, 336]
       -> CLIPEncoder, frozen              [B, 576, 1024]

@@ -13,7 +13,7 @@ On 8 GPUs, and on two nodes of 8:
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
 
 A stage is data, not a second code path: what trains, the template and the recipe differ, the loop does not.
-Read hydra.py first; then this file, from configuration to `run`, to the line that says `skip on a first reading`.
+Read hydra.py first; then this file, from configuration to `run`, to the section comment that says what to skip.
 """
 
 import argparse
@@ -122,33 +122,6 @@ FULL_LEARNING_RATE = {"tiny": 1e-3, "1.7b": 2e-5, "3b": 4e-5}
 FREE = {"resume", "out", "model", "vision_tower", "projector", "stage1", "data", "images", "questions", "max_bad",
         "gradient_checkpointing", "num_workers", "log_steps", "eval_steps", "save_steps", "keep", "max_tokens_per_pass",
         "per_device_train_batch_size", "gradient_accumulation_steps", "lora_alpha", "use_rslora"}  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Mistake(f"{message} (see --help)")
-
-
-def parse_arguments(words=None):
-    """Config from the command line (or these words), which is made from its fields."""
-    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=50, width=150)
-    parser = Parser(usage="train.py --stage {1,2,eval} [flags]", description=__doc__, formatter_class=wide, allow_abbrev=False)
-    for f in fields(Config):
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
-        parser.add_argument(f"--{f.name}", **kind, **f.metadata)
-    config = Config(**vars(parser.parse_args(words)))
-    may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if f.type in (int, float) and value is not None and not (value > 0 or value == 0 and f.name in may_be_0):
-            raise Mistake(f"--{f.name} {value}: give a positive number")
-        if f.type is str and value is not None:
-            data.check_text(value, f"--{f.name}")
-    if config.seed >= 10**9:
-        raise Mistake(f"--seed {config.seed}: give a number below 10^9")
-    if config.lora_dropout is not None and config.lora_dropout >= 1:
-        raise Mistake(f"--lora_dropout {config.lora_dropout}: give a share below 1")
-    return replace(config, stage=int(config.stage)) if config.stage.isdigit() else config
 
 
 def complete(config, world_size):
@@ -640,6 +613,38 @@ def run(config):
     dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------------
+# From here on: skip on a first reading. Command line, checks, reports, benchmarks.
+# ------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Mistake(f"{message} (see --help)")
+
+
+def parse_arguments(words=None):
+    """Config from the command line (or these words), which is made from its fields."""
+    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=50, width=150)
+    parser = Parser(usage="train.py --stage {1,2,eval} [flags]", description=__doc__, formatter_class=wide, allow_abbrev=False)
+    for f in fields(Config):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
+        parser.add_argument(f"--{f.name}", **kind, **f.metadata)
+    config = Config(**vars(parser.parse_args(words)))
+    may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.type in (int, float) and value is not None and not (value > 0 or value == 0 and f.name in may_be_0):
+            raise Mistake(f"--{f.name} {value}: give a positive number")
+        if f.type is str and value is not None:
+            data.check_text(value, f"--{f.name}")
+    if config.seed >= 10**9:
+        raise Mistake(f"--seed {config.seed}: give a number below 10^9")
+    if config.lora_dropout is not None and config.lora_dropout >= 1:
+        raise Mistake(f"--lora_dropout {config.lora_dropout}: give a share below 1")
+    return replace(config, stage=int(config.stage)) if config.stage.isdigit() else config
+
+
 def check_targets(config, model, tokenizer, template, parts):
     """Say how many records {part: records} the context cuts; Mistake where no part of a part is left to learn from."""
     records = parts["training"]
@@ -665,11 +670,6 @@ def report_broken(config, state, problems, records, log):
     if len(state["bad"]) > config.max_bad * records:
         raise Mistake("\n".join(state["bad"]) + f"\n{len(state['bad'])} of {records} records have a broken image, more than "
                       f"--max_bad {config.max_bad}; repair them, or allow more")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Memory, reports, benchmarks.
-# ------------------------------------------------------------------------------------------
 
 
 def expected_peak(model, config, device):
