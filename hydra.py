@@ -33,6 +33,7 @@ import shutil
 import sys
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -482,7 +483,8 @@ def look(modules, measure):
     Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs, scale · B · Σ^½
     with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖². Importance [r]: the same of each component alone.
     """
-    sums = {module: [0.0, 0.0] for module in modules}
+    zeros = partial(torch.zeros, dtype=torch.float64)  # a process may have no probe records
+    sums = {module: [zeros(module.rank, module.rank), zeros(())] for module in modules}
 
     def watch(module, args, y):
         with torch.autocast(y.device.type, enabled=False):
