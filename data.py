@@ -86,6 +86,9 @@ def whole(path):
     temporary, old = path.with_name(path.name + ".unfinished"), path.with_name(path.name + ".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():  # a kill came between the two renames below
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:
@@ -391,7 +394,7 @@ def fingerprint(records):
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         texts = [turn["value"] for turn in record["conversations"]]
-        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode())
+        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
