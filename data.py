@@ -188,6 +188,12 @@ def encode_conversation(conversations, tokenizer, template):
         input_ids.extend(ids)
         labels.extend(ids if target else [IGNORE] * len(ids))
 
+    def append_prompt(text):
+        first, *rest = text.split("<image>")
+        append(encode(first), target=False)
+        for piece in rest:  # text on either side of the image is encoded apart
+            append([IMAGE_TOKEN] + encode(piece), target=False)
+
     if conversations[0]["from"] == "gpt":  # a few public records open with an answer to nothing
         conversations = conversations[1:]
     if template == "plain":
@@ -203,20 +209,12 @@ def encode_conversation(conversations, tokenizer, template):
         if turn["from"] == "human":
             before += (f"USER: {text} " if text else "USER:") + "ASSISTANT:"
         elif text:  # an empty answer adds nothing, not even its </s>
-            append_prompt(before, encode, append)
+            append_prompt(before)
             append(encode(text) + [tokenizer.eos_token_id], target=True)
             before = ""
     if before:
-        append_prompt(before, encode, append)
+        append_prompt(before)
     return input_ids, labels
-
-
-def append_prompt(text, encode, append):
-    """Text up to an answer; on either side of the image it is encoded apart."""
-    first, *rest = text.split("<image>")
-    append(encode(first), target=False)
-    for piece in rest:
-        append([IMAGE_TOKEN] + encode(piece), target=False)
 
 
 # ------------------------------------------------------------------------------------------

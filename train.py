@@ -365,7 +365,8 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
     if questions and step:
         answered = gather(answer(model, tokenizer, questions, config.images, config.num_workers))
-        answered.sort(key=lambda pair: questions.index(pair[0]))
+        places = {question["question_id"]: i for i, question in enumerate(questions)}
+        answered.sort(key=lambda pair: places[pair[0]["question_id"]])
         entry["accuracy"] = accuracy(answered)
         say("    accuracy: " + ", ".join(f"{kind} {value:.2f}" for kind, value in entry["accuracy"].items()))
         for question, text in answered[:3]:
@@ -419,9 +420,9 @@ def build_model(config, device):
     """(model, tokenizer): a trained projector and new adapters for stage 2, all but what trains frozen, in bf16 on a GPU."""
     torch.manual_seed(config.seed)
     source = SOURCES.get(config.model, config.model)
-    kind = hydra.open_folder(source)[1]
+    base = hydra.open_folder(source)[1]
     stage1 = config.stage1
-    if config.stage == 2 and not stage1 and kind.get("model_type") == "llama" and not Path(config.projector or "").is_file():
+    if config.stage == 2 and not stage1 and base.get("model_type") == "llama" and not Path(config.projector or "").is_file():
         stage1 = f"runs/{Path(config.model).name}/stage1"  # the projector is new: it has been through no stage 1
     dtype = torch.bfloat16 if device.type == "cuda" and config.method != "full" else torch.float32
     if config.stage == 2 and stage1:
@@ -651,7 +652,8 @@ def check_targets(config, model, tokenizer, template, parts):
     if config.stage == 1 and (longer := sum(len(record["conversations"]) > 3 for record in records)):
         say(f"{longer} of {len(records)} records have more than one answer: stage 1 trains on the first alone")
     for part, records in parts.items():
-        cut, empty = data.cut_and_empty(records, tokenizer, template, model.image_tokens, model.context_length)
+        counts = data.cut_and_empty(share(records), tokenizer, template, model.image_tokens, model.context_length)
+        cut, empty = map(int, total(*counts))
         if cut or empty:
             say(f"{part}: {cut} of {len(records)} records are cut at the context of {model.context_length} tokens; "
                 f"{empty} have no target")  # fmt: skip
