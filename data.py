@@ -2,7 +2,6 @@
 
     python data.py show --data FILE --images DIR      a few records as the model sees them
     python data.py check --data FILE --images DIR     every record and image opened, what is wrong listed
-    python data.py bench --images DIR                 images/s and tokens/s of one core
     python data.py score pope --answers FILE --questions FILE --annotations DIR      score any tool's answers
 
     record   {"id", "image" (absent: text alone), "conversations": [{"from": "human" | "gpt", "value"}]}
@@ -25,13 +24,11 @@ import random
 import re
 import shutil
 import sys
-import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby, takewhile
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
 from tokenizers import ByteLevelBPETokenizer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
@@ -49,10 +47,8 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids; hydra.py replaces it by the image's tokens
 IGNORE = -100  # label of a position that is no target
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -68,27 +64,24 @@ class Mistake(ValueError):
 
 @contextmanager
 def reading(source):
-    """What a parser, decoder or unpickler raises inside, which is nearly anything, becomes a Mistake about the source."""
+    """What a parser, decoder or unpickler raises inside, nearly anything, becomes a Mistake about the source."""
     try:
         yield
     except Mistake:
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
-        reason = (reason or type(error).__name__).splitlines()[0]
-        raise Mistake(f"{source}: cannot be read ({reason})") from error
+        raise Mistake(f"{source}: cannot be read ({(reason or type(error).__name__).splitlines()[0]})") from error
 
 
 @contextmanager
 def whole(path):
-    """A new file or folder: what is written to the name given appears as `path` at the end, on the disk, or not at all."""
+    """A new file or folder: what is written to the name given appears as `path` at the end, on the disk, or not."""
     path = Path(path)
-    temporary, old = path.with_name(path.name + ".unfinished"), path.with_name(path.name + ".old")
+    temporary = path.with_name(path.name + ".unfinished")
+    old = path.with_name(path.name + ".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():  # a kill came between the two renames below
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:
@@ -96,20 +89,13 @@ def whole(path):
             os.fsync(handle)
             os.close(handle)
         if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed below
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise Mistake(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
-
-
-def check_text(text, source):
-    """Mistake if the text holds half of a surrogate pair, or bytes that were no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeError:
-        raise Mistake(f"{source}: holds half of a surrogate pair, or bytes that are no UTF-8; write it anew") from None
 
 
 def one_line(main):
@@ -163,17 +149,18 @@ def load_tokenizer(folder):
     for key in ("bos_token", "eos_token"):
         if getattr(tokenizer, key) is None:
             raise Mistake(f"{folder}: its tokenizer names no {key}; write it into tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # is masked wherever it stands
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands
     return tokenizer
 
 
 def encode_conversation(conversations, tokenizer, template):
-    """Token ids and labels of one conversation, as MobileVLM builds them.
+    """Token ids and labels of one conversation, as MobileVLM builds them: two lists of equal length T.
 
     template "plain" (stage 1): BOS <image> caption "\\n"; the human turn is dropped.
     template "v1" (stage 2): SYSTEM USER: question ASSISTANT: answer</s>USER: ...; the targets are
     each answer and its </s>. A conversation that ends with a question is a prompt: its ids end
-    with "ASSISTANT:", as with an empty answer. Returns two lists of equal length T.
+    with "ASSISTANT:", as with an empty answer, which is no target. (MobileVLM then masks the record's
+    other answers too, and those to an empty question; here they are targets.)
     """
 
     def encode(text):
@@ -188,10 +175,10 @@ def encode_conversation(conversations, tokenizer, template):
         input_ids.extend(ids)
         labels.extend(ids if target else [IGNORE] * len(ids))
 
-    def append_prompt(text):
+    def append_prompt(text):  # on either side of the image it is encoded apart
         first, *rest = text.split("<image>")
         append(encode(first), target=False)
-        for piece in rest:  # text on either side of the image is encoded apart
+        for piece in rest:
             append([IMAGE_TOKEN] + encode(piece), target=False)
 
     if conversations[0]["from"] == "gpt":  # a few public records open with an answer to nothing
@@ -222,19 +209,19 @@ def encode_conversation(conversations, tokenizer, template):
 
 
 def open_image(folder, name):
-    """RGB image `name` inside `folder`, or of a data URL (data:;base64,…); Mistake if missing, broken, huge, outside."""
-    path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
-    if name.startswith("data:"):
-        with reading(path):
-            source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
-    elif "://" in name:
+    """RGB image `name` in `folder`, or of a data URL (data:;base64,…); Mistake if missing, broken, huge or outside."""
+    if "://" in name and not name.startswith("data:"):
         raise Mistake(f"{name}: is an address; download the image, and name its file")
-    elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
-        raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
-    elif path.is_dir():
-        raise Mistake(f"{path}: is a folder; name an image in it")
-    elif not path.is_file():
-        raise Mistake(f"{path}: no such image; check --images and the record")
+    path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
+    with reading(path):  # no name of a file: with a null byte, too long, a link to itself
+        if name.startswith("data:"):
+            source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
+        elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
+            raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
+        elif path.is_dir():
+            raise Mistake(f"{path}: is a folder; name an image in it")
+        elif not path.is_file():
+            raise Mistake(f"{path}: no such image; check --images and the record")
     with reading(path), warnings.catch_warnings():  # Pillow warns from 89 megapixels on: refuse from there
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(source)
@@ -253,6 +240,10 @@ def image_to_tensor(image, size, mode):
     set in the middle of a square of CLIP's mean colour. Both then resize with a bicubic filter.
     EXIF rotation is ignored, as upstream does.
     """
+
+    def middle(length, wanted):
+        return slice((length - wanted) // 2, (length - wanted) // 2 + wanted)
+
     if max(image.size) > 8192:  # the square around a strip would take gigabytes
         image = image.copy()
         image.thumbnail((8192, 8192), Image.Resampling.BICUBIC)
@@ -260,8 +251,7 @@ def image_to_tensor(image, size, mode):
     height, width = pixels.shape[:2]
     side = max(height, width)
     if mode == "pad" and height != width:
-        line = (255 * torch.tensor(CLIP_MEAN)).byte().repeat(side)
-        square = line.expand(side, -1).contiguous().view(side, side, 3)
+        square = (255 * torch.tensor(CLIP_MEAN)).byte().expand(side, side, 3).contiguous()
         square[middle(side, height), middle(side, width)] = pixels
         pixels = square
     elif side > 1000 * min(height, width):  # a line: no need to resize more of it than is kept
@@ -277,24 +267,19 @@ def image_to_tensor(image, size, mode):
     return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def middle(length, wanted):
-    """The slice of so many in the middle of a length."""
-    return slice((length - wanted) // 2, (length - wanted) // 2 + wanted)
-
-
 # ------------------------------------------------------------------------------------------
-# records, checked before anything else is loaded
+# records, all checked before anything else is loaded: see find_problems
 
 
 def read_json(path, lines=False, cut=False):
-    """Parsed JSON; a list from JSON lines, whatever the file's name. cut: but for a last line cut short by a kill."""
+    """Parsed JSON; a list from JSON lines, whatever the file's name. cut: without a last line cut short by a kill."""
     with reading(path):
         content = Path(path).read_bytes()
     if not (lines or str(path).endswith(".jsonl")):
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            if "Extra data" not in str(error):
+            if "Extra data" not in str(error) or not content.lstrip().startswith(b"{"):
                 raise Mistake(f"{path}: is not valid JSON ({error})") from error
     parts = content.split(b"\n")  # bytes: a cut may lie within a character
     if cut:
@@ -309,91 +294,16 @@ def read_json(path, lines=False, cut=False):
     return values
 
 
-def find_problems(path, images):
-    """(records, {index: problem}) of a file of LLaVA records; no image is opened."""
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise Mistake(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
-    for record in records:  # an image "" or null is none
-        if isinstance(record, dict) and "image" in record and record["image"] in ("", None):
-            del record["image"]
-    if any(isinstance(record, dict) and "image" in record for record in records) and not Path(images or "-").is_dir():
-        raise Mistake(f"--images {images}: no such image folder")
-    root = Path(images or "").resolve()
-
-    @lru_cache(maxsize=None)
-    def names_in(folder):
-        """{name: whether it leads out of the image folder}: one look at each folder, not at each of 665k files."""
-        is_outside = not Path(folder).resolve().is_relative_to(root)
-        if not os.path.isdir(folder):
-            return {}
-        links = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
-        links = {name for name in links if not Path(folder, name).resolve().is_relative_to(root)}
-        return {name: is_outside or name in links for name in os.listdir(folder)}
-
-    problems = ((i, record_problem(record, images, names_in)) for i, record in enumerate(records))
-    return records, {i: problem for i, problem in problems if problem}
-
-
-def record_problem(record, images, names_in):
-    """What is wrong with one record, in words, or None. names_in: see find_problems."""
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not record["conversations"]:
-        return "has no list 'conversations'"
-    for turn in record["conversations"]:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return "a turn is not {'from', 'value'} with a text as value"
-        if turn.get("from") not in ("human", "gpt"):
-            return f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'"
-        if not turn["value"].isascii() and any("\ud800" <= character <= "\udfff" for character in turn["value"]):
-            return "a turn holds half of a surrogate pair, which is no character"
-    speakers = [turn["from"] for turn in record["conversations"]]
-    if any(a == b for a, b in zip(speakers, speakers[1:])):
-        return "'human' and 'gpt' must take turns"
-    if speakers[speakers[0] == "gpt" :][:2] != ["human", "gpt"]:
-        return "needs a question and an answer"
-    if any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"):
-        return "has <image> in an answer; it belongs in a question"
-    placeholders = sum(turn["value"].count("<image>") for turn in record["conversations"])
-    if "image" not in record:
-        return "has <image> in its text but no field 'image'" if placeholders else None
-    if placeholders != 1:
-        return f"has an image and {placeholders} <image> in its text; write it once"
-    name = record["image"]
-    if isinstance(name, str) and os.path.isabs(name) and Path(name).is_relative_to(Path(images).resolve()):
-        name = record["image"] = str(Path(name).relative_to(Path(images).resolve()))
-    if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
-        return "field 'image' is not the name of a file inside the image folder"
-    folder, file = os.path.split(os.path.join(images, name))
-    names = names_in(folder)
-    if file not in names:
-        return f"image {os.path.join(folder, file)} does not exist"
-    if names[file]:
-        return f"image {os.path.join(folder, file)} leaves {images} through a link; copy or mount the files inside it"
-
-
-def name_of(records, i):
-    return f"record {i} ({records[i].get('id', 'without id') if isinstance(records[i], dict) else 'without id'})"
-
-
 def read_records(path, images):
     """LLaVA records of a file, all checked; the Mistake lists the first 20 that are wrong."""
     records, problems = find_problems(path, images)
     if problems:
-        lines = [f"{path}: {name_of(records, i)}: {problems[i]}" for i in [*problems][:20]]
+        lines = [f"{path}: record {i} ({name_of(records[i])}): {problems[i]}" for i in [*problems][:20]]
         if len(problems) > 1:
             advice = "repair or remove them (data.py check lists all)"
-            lines += [f"{path}: {len(problems)} of {len(records)} records are wrong; {advice}"]
+            lines.append(f"{path}: {len(problems)} of {len(records)} records are wrong; {advice}")
         raise Mistake("\n".join(lines))
     return records
-
-
-def fingerprint(records):
-    """Tells the records of one file from another's, whatever the files' names: of images and turns, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for record in records:
-        texts = [turn["value"] for turn in record["conversations"]]
-        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------
@@ -410,9 +320,13 @@ class ConversationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, images, tokenizer, template, image_size, image_tokens, context_length, replace=True):
-        self.records, self.images = records, images
-        self.tokenizer, self.template = tokenizer, template
-        self.image_size, self.image_tokens, self.context_length = image_size, image_tokens, context_length
+        self.records = records
+        self.images = images
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_size = image_size
+        self.image_tokens = image_tokens
+        self.context_length = context_length
         self.replace = replace
 
     def __len__(self):
@@ -425,7 +339,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             try:
                 return self.sample(record) | {"bad": bad}
             except Mistake as error:
-                bad.append(f"record {record.get('id', 'without id')}: {error}")
+                bad.append(f"record {name_of(record)}: {error}")
                 if not self.replace:
                     raise Mistake(bad[0]) from error
         raise Mistake(f"--images {self.images}: none of the images can be decoded, e.g. {bad[0]}")
@@ -440,32 +354,16 @@ class ConversationDataset(torch.utils.data.Dataset):
         return sample
 
 
-def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
-    """(how many of the records the context cuts, how many have no target in it)."""
-    cut = empty = 0
-    for record in records:
-        limit = context_length - (image_tokens - 1 if "image" in record else 0)
-        texts = [turn["value"] for turn in record["conversations"]]
-        # no token is shorter than a byte: what is short for certain need not be encoded
-        if all(texts) and sum(len(text.encode()) + 32 for text in texts) + len(SYSTEM) <= limit:
-            continue
-        input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
-        cut += len(input_ids) > limit
-        empty += all(label == IGNORE for label in labels[:limit])
-    return cut, empty
-
-
 def collate(samples):
     """Right-padded batch; no samples give one token without a target, which trains nothing."""
     samples = samples or [{"input_ids": [0], "labels": [IGNORE], "pixel_values": None}]
     rows = [torch.tensor(sample["input_ids"]) for sample in samples]
     labels = [torch.tensor(sample["labels"]) for sample in samples]
     pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
-    pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad(rows, batch_first=True),
-        "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=IGNORE),
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
         "pixel_values": torch.stack(pixels) if pixels else None,
     }
 
@@ -475,6 +373,7 @@ def passes(samples, most_tokens, image_tokens):
 
     A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.
     """
+
     def tokens(sample):
         return len(sample["input_ids"]) + (image_tokens - 1) * (sample["pixel_values"] is not None)
 
@@ -527,9 +426,117 @@ def micro_batches(batch, per_device, world_size):
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Benchmarks and their scores, the toy world, commands.
+# From here on: skip on a first reading. Checks of records, benchmarks and their scores, the toy world, commands.
+# ------------------------------------------------------------------------------------------
+# checks of records
+
+
+def check_text(text, source):
+    """Mistake if the text holds half of a surrogate pair, or bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise Mistake(f"{source}: holds half of a surrogate pair, or bytes that are no UTF-8; write it anew") from None
+
+
+def name_of(record):
+    return record.get("id", "without id") if isinstance(record, dict) else "without id"
+
+
+def find_problems(path, images):
+    """(records, {index: problem}) of a file of LLaVA records; no image is opened."""
+    records = read_json(path)
+    records = [records] if isinstance(records, dict) and "conversations" in records else records  # JSON lines, but one
+    if not isinstance(records, list) or not records:
+        raise Mistake(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
+    for record in records:  # an image "" or null is none
+        if isinstance(record, dict) and record.get("image") in ("", None):
+            record.pop("image", None)
+    if any(isinstance(record, dict) and "image" in record for record in records) and not Path(images or "-").is_dir():
+        raise Mistake(f"--images {images}: no such image folder")
+    root = os.path.realpath(images or "")
+
+    def is_outside(path):
+        return not Path(os.path.realpath(path)).is_relative_to(root)
+
+    @lru_cache(maxsize=None)
+    def names_in(folder):
+        """{name: whether it leads out of the image folder}: one look at each folder, not at each of 665k files."""
+        if not os.path.isdir(folder):
+            return {}
+        all_are = is_outside(folder)
+        return {item.name: all_are or (item.is_symlink() and is_outside(item.path)) for item in os.scandir(folder)}
+
+    problems = ((i, record_problem(record, images, names_in)) for i, record in enumerate(records))
+    return records, {i: problem for i, problem in problems if problem}
+
+
+def record_problem(record, images, names_in):
+    """What is wrong with one record, in words, or None. names_in: see find_problems."""
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not record["conversations"]:
+        return "has no list 'conversations'"
+    for turn in record["conversations"]:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return "a turn is not {'from', 'value'} with a text as value"
+        if turn.get("from") not in ("human", "gpt"):
+            return f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'"
+        if not turn["value"].isascii() and any("\ud800" <= character <= "\udfff" for character in turn["value"]):
+            return "a turn holds half of a surrogate pair, which is no character"
+    speakers = [turn["from"] for turn in record["conversations"]]
+    if any(a == b for a, b in zip(speakers, speakers[1:])):
+        return "'human' and 'gpt' must take turns"
+    if speakers[speakers[0] == "gpt" :][:2] != ["human", "gpt"]:
+        return "needs a question and an answer"
+    if any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"):
+        return "has <image> in an answer; it belongs in a question"
+    placeholders = sum(turn["value"].count("<image>") for turn in record["conversations"])
+    if "image" not in record:
+        return "has <image> in its text but no field 'image'" if placeholders else None
+    if placeholders != 1:
+        return f"has an image and {placeholders} <image> in its text; write it once"
+    name = record["image"]
+    if isinstance(name, str) and os.path.isabs(name):
+        for root in (os.path.abspath(images), os.path.realpath(images)):  # the folder may be named through a link
+            if Path(name).is_relative_to(root):
+                name = record["image"] = str(Path(name).relative_to(root))
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+        return "field 'image' is not the name of a file inside the image folder"
+    folder, file = os.path.split(os.path.join(images, name))
+    leads_out = names_in(folder).get(file)
+    if leads_out is None:
+        return f"image {os.path.join(folder, file)} does not exist"
+    if leads_out:
+        return f"image {os.path.join(folder, file)} leaves {images} through a link; copy or mount the files inside it"
+
+
+def fingerprint(records):
+    """Tells the records of one file from another's, whatever the files' names: of images and turns, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        texts = [turn["value"] for turn in record["conversations"]]
+        # names on the disk need not be UTF-8: Python reads them with halves of surrogate pairs
+        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
+    """(how many of the records the context cuts, how many have no target in it)."""
+    cut = empty = 0
+    for record in records:
+        limit = context_length - (image_tokens - 1 if "image" in record else 0)
+        texts = [turn["value"] for turn in record["conversations"]]
+        # no token is shorter than a byte: what is short for certain need not be encoded
+        if all(texts) and sum(len(text.encode()) + 32 for text in texts) + len(SYSTEM) <= limit:
+            continue
+        input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
+        cut += len(input_ids) > limit
+        empty += all(label == IGNORE for label in labels[:limit])
+    return cut, empty
+
+
 # ------------------------------------------------------------------------------------------
 # benchmarks: answers are read by the rules of each published script, whose oddities count too
+
 
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
@@ -546,7 +553,8 @@ def kind_of(question):
     return question.get("category") or " ".join(question["text"].split()[:2])
 
 
-DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGITS["none"] = "0"
 CONTRACTIONS = {  # "couldnt've" and "couldn'tve" -> "couldn't've": each word written with one apostrophe less
     word[:i] + word[i + 1 :]: word
     for ending, stems in {
@@ -581,7 +589,7 @@ def letter(text):
 
 
 def sqa_letter(text):
-    """The option that an answer to ScienceQA picks, as LLaVA's script reads it: "B", "B. …" or, once, "The answer is B."."""
+    """The option that an answer to ScienceQA picks, as LLaVA's script reads it: "B", "B. …" or "The answer is B."."""
     if text in tuple("ABCDE"):
         return text
     found = re.findall(r"^[A-E](?=\. )", text) or re.findall(r"The answer is ([A-Z]).", text)
@@ -640,8 +648,10 @@ def read_benchmark(name, path, annotations=None):
     read, fields, where = BENCHMARKS[name]
     if where and not annotations:
         raise Mistake(f"--annotations: {name} needs its {where}")
-    readers = {"sqa": read_sqa, "mmbench": read_mmbench, "mmbench_cn": partial(read_mmbench, asks=BY_LETTER_CN)}
-    questions = list(readers.get(name, read_rows)(path, fields))
+    if name.startswith("mmbench"):
+        questions = read_mmbench(path, fields, BY_LETTER_CN if name == "mmbench_cn" else BY_LETTER)
+    else:
+        questions = read_sqa(path) if name == "sqa" else read_rows(path, fields)
     if not questions:
         raise Mistake(f"{path}: holds no questions")
     if where:
@@ -665,37 +675,44 @@ def refuse(questions, problem):
         raise Mistake(f"{len(questions)} questions {problem}, e.g. {str(first)[:200]}")
 
 
-def read_sqa(path, _):
+def read_sqa(path):
     """ScienceQA as LLaVA's records: the answer is the letter of the gpt turn."""
     records = read_json(path)
+    questions = []
     for i, record in enumerate(records if isinstance(records, list) else [records]):
         try:
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
-            yield {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": record.get("image")}
+            image = record.get("image") or None
+            row = {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image}
+            if not isinstance(image, str | None):
+                raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise Mistake(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}}") from None
+        check_text(f"{record['id']}{text}{image}", f"{path}: record {i}")
+        questions.append(row)
+    return questions
 
 
-def read_mmbench(path, columns, asks=BY_LETTER):
+def read_mmbench(path, columns, asks):
     """MMBench's table of tab-separated values; a rotated copy may give the index of the row with its image."""
     csv.field_size_limit(2**27)  # an image is one field, the default limit 128 KiB
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(table := csv.DictReader(file, delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Mistake(f"{path}: cannot be read ({error})") from None
+    with reading(path), open(path, newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file, delimiter="\t")
+        rows = list(table)
     if missing := [column for column in columns if column not in (table.fieldnames or ())]:
         raise Mistake(f"{path}: has no column {', '.join(missing)}")
     images = {row["index"]: row["image"] for row in rows}
+    questions = []
     for i, row in enumerate(rows, 1):
         if None in (*row, *row.values()) or not row["index"].isdecimal():
             raise Mistake(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
         given = {column: row[column] for column in columns if row[column].lower() not in ("", "nan", "none")}
         options = [f"{option}. {given[option]}" for option in takewhile(given.get, "ABCD")]
         text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, asks]))
-        image = images.get(row["image"], row["image"])
-        yield {"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": f"data:;base64,{image}"}
+        image = f"data:;base64,{images.get(row['image'], row['image'])}"
+        questions.append({"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": image})
+    return questions
 
 
 def read_labels(name, path):
@@ -752,7 +769,8 @@ def join_answers(name, questions, answers):
         waiting[key(answer, answer["prompt"])].append(answer)
     pairs = [(q, rest.pop() if (rest := waiting[key(q, q["text"])]) else None) for q in questions]
     if over := sum(waiting.values(), []):
-        raise Mistake(f"{len(over)} answers belong to no question or come twice, e.g. question_id {over[0]['question_id']}")
+        first = over[0]["question_id"]
+        raise Mistake(f"{len(over)} answers belong to no question or come twice, e.g. question_id {first}")
     return pairs
 
 
@@ -790,14 +808,18 @@ def score(name, questions, answers):
         scores["mean F1"] = np.mean([value for what, value in scores.items() if what.endswith("F1")])
     elif name == "mme":
         images = rows(lambda q: (q["category"], q["question_id"]))
-        refuse([questions[at[0]] for at in images.values() if len(at) != 2], "have no second one, or a third, on their image")
+        single = [questions[at[0]] for at in images.values() if len(at) != 2]
+        refuse(single, "have no second one, or a third, on their image")
         for category in rows(lambda q: q["category"]):
             both = np.array([right[at] for key, at in images.items() if key[0] == category])  # [images, 2]
             scores[category] = 100 * (both.mean() + both.all(axis=1).mean())
-        scores |= {"perception": sum(scores.get(c, 0) for c in PERCEPTION), "cognition": sum(scores.get(c, 0) for c in COGNITION)}
+        perception = sum(scores.get(category, 0) for category in PERCEPTION)
+        cognition = sum(scores.get(category, 0) for category in COGNITION)
+        scores |= {"perception": perception, "cognition": cognition}
     else:
         if name == "vqa":
-            scores = {category: right[at].mean() for category, at in rows(lambda q: q.get("category")).items() if category}
+            categories = rows(lambda q: q.get("category"))
+            scores = {category: right[at].mean() for category, at in categories.items() if category}
         scores["accuracy"] = right.mean()
         if name == "sqa" and (at := [i for i, q in enumerate(questions) if q["image"]]):
             scores["accuracy with image"] = right[at].mean()
@@ -808,9 +830,9 @@ def score(name, questions, answers):
 
 def score_table(name, scores):
     """The scores as text: MME's are points, all others shares."""
-    return "\n".join(
-        f"{key:24}{value:8.1f}" if name == "mme" else f"{key:24}{value:8.4f}   {100 * value:6.2f} %" for key, value in scores.items()
-    )
+    if name == "mme":
+        return "\n".join(f"{key:24}{value:8.1f}" for key, value in scores.items())
+    return "\n".join(f"{key:24}{value:8.4f}   {100 * value:6.2f} %" for key, value in scores.items())
 
 
 # ------------------------------------------------------------------------------------------
@@ -930,7 +952,8 @@ def write_world(folder, train=12000, test=600, seed=0):
                                   "label": answer.capitalize(), "category": kind})  # fmt: skip
             continue
         rng.shuffle(facts)
-        caption = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": ", ".join(facts)}]
+        caption = [{"from": "human", "value": "<image>\nDescribe the image."}]
+        caption.append({"from": "gpt", "value": ", ".join(facts)})
         captions.append({"id": f"caption-{i}", "image": name, "conversations": caption})
         turns = []
         for kind in rng.sample(sorted(asked), 3):
@@ -968,7 +991,8 @@ def train_tokenizer(folder):
     for _ in range(2000):
         scene = sample_scene(rng)
         lines += [scene_words(scene), ", ".join(scene_facts(scene))]
-        lines += [f"{question} {answer} {answer.capitalize()}" for question, answer in scene_questions(scene, rng).values()]
+        asked = scene_questions(scene, rng).values()
+        lines += [f"{question} {answer} {answer.capitalize()}" for question, answer in asked]
     tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
     special = ["<unk>", "<s>", "</s>"]  # LLaMA's ids: 0, 1, 2
     tokenizer.train_from_iterator(lines, 1024, min_frequency=1, special_tokens=special, show_progress=False)
@@ -1073,23 +1097,6 @@ def train_clip(world, steps=250, batch_size=128, seed=0):
     save_backbone(clip.vision_model, world / "clip")
 
 
-def random_records(stage, count, seed=0):
-    """Records for a benchmark: captions of about 25 words with an image; or questions of 30 words with log-normal answers,
-    median 150 and σ = 0.9 (cut at the context), 94 % with an image. The images are 640 x 480 JPEGs."""
-    rng, urls = np.random.default_rng(seed), []
-    for _ in range(8):
-        noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
-        noise.save(file := io.BytesIO(), "JPEG", quality=90)
-        urls.append("data:;base64," + base64.b64encode(file.getvalue()).decode())
-    words = rng.lognormal(*((np.log(25), 0.25) if stage == 1 else (np.log(150), 0.9)), count).astype(int).clip(1, 2000)
-    records = []
-    for i, (length, has_image) in enumerate(zip(words.tolist(), (rng.random(count) < (1 if stage == 1 else 0.94)).tolist())):
-        question, answer = "<image>\n" * has_image + " ".join(30 * ["red"]), " ".join(length * ["red"])
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        records.append({"id": i, "conversations": turns} | ({"image": urls[i % 8]} if has_image else {}))
-    return records
-
-
 # ------------------------------------------------------------------------------------------
 # commands
 
@@ -1110,9 +1117,10 @@ def show(args):
             image = f"{record['image']}, {width} x {height}"
         targets = sum(label != IGNORE for label in labels)
         print(f"{record.get('id', 'no id')} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
+        kinds = [(label == IGNORE, token == IMAGE_TOKEN) for token, label in zip(input_ids, labels)]
         text = ""
-        for (masked, is_image), run in groupby(zip(input_ids, labels), lambda pair: (pair[1] == IGNORE, pair[0] == IMAGE_TOKEN)):
-            piece = "<image>" if is_image else tokenizer.decode([token for token, _ in run])
+        for (masked, is_image), run in groupby(range(len(kinds)), kinds.__getitem__):
+            piece = "<image>" if is_image else tokenizer.decode([input_ids[i] for i in run])
             text += f"[{piece}]" if masked else piece
         print("   " + text.replace("\n", "\\n"))
 
@@ -1133,28 +1141,10 @@ def check(args):
         for i, problem in enumerate(found):
             if problem := wrong.get(i) or problem:
                 image = records[i].get("image") if isinstance(records[i], dict) else None
-                tqdm.write(f"{name_of(records, i)}\t{image}\t{problem}", file=sys.stdout)
+                tqdm.write(f"record {i} ({name_of(records[i])})\t{image}\t{problem}", file=sys.stdout)
                 wrong[i] = problem
     print(f"{len(wrong)} of {len(records)} records are wrong")
     sys.exit(1 if wrong else 0)
-
-
-def bench(args):
-    """Print how fast one core reads the images of a folder as training does, and encodes text."""
-    torch.set_num_threads(1)
-    names = sorted(str(path.relative_to(args.images)) for path in Path(args.images).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not names:
-        raise Mistake(f"--images {args.images}: no .jpg or .png in this folder")
-    started = time.perf_counter()
-    for name in names[: args.count]:
-        image_to_tensor(open_image(args.images, name), args.size, "pad")
-    rate = len(names[: args.count]) / (time.perf_counter() - started)
-    print(f"{rate:.0f} images/s: decoded, padded, resized to {args.size} x {args.size}, normalised ({len(names[: args.count])} images)")
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(Path(folder))
-    records, started = random_records(2, 500), time.perf_counter()
-    tokens = sum(len(encode_conversation(record["conversations"], tokenizer, "v1")[0]) for record in records)
-    print(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s: encoded with their labels ({tokens:,} tokens, the toy world's tokenizer)")
 
 
 def print_score(args):
@@ -1166,29 +1156,27 @@ def print_score(args):
 def main():
     parser = argparse.ArgumentParser(description="LLaVA records and the toy world")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("show", help="print a few records as the model sees them, what is masked in [brackets]")
-    command.add_argument("--data", required=True, help="JSON file of LLaVA records")
-    command.add_argument("--images", required=True, help="folder of their images")
-    command.add_argument("--tokenizer", default="runs/tiny/world/llm", help="folder with a tokenizer (default: the toy world's)")
-    command.add_argument("--template", choices=("plain", "v1"), help="default: plain for one question each, else v1")
-    command.add_argument("--count", type=int, default=3, help="how many records")
-    command.set_defaults(run=show)
-    command = commands.add_parser("check", help="open every record and image, and print what is wrong with which")
-    command.add_argument("--data", required=True, help="JSON file of LLaVA records")
-    command.add_argument("--images", required=True, help="folder of their images")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="images opened at a time")
-    command.set_defaults(run=check)
-    command = commands.add_parser("bench", help="how fast one core reads images and encodes text")
-    command.add_argument("--images", required=True, help="folder of images")
-    command.add_argument("--size", type=int, default=336, help="pixels per side of the model's input")
-    command.add_argument("--count", type=int, default=500, help="images to read")
-    command.set_defaults(run=bench)
-    command = commands.add_parser("score", help="score an answers file in LLaVA's format, from any tool")
-    command.add_argument("benchmark", choices=BENCHMARKS)
-    command.add_argument("--answers", required=True, help="JSON lines with question_id, prompt, text")
-    command.add_argument("--questions", required=True, help="the benchmark's questions, as LLaVA publishes them")
-    command.add_argument("--annotations", help="the benchmark's labels, where its questions have none")
-    command.set_defaults(run=print_score)
+
+    def add(run, name, help):
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    flag = add(show, "show", "print a few records as the model sees them, what is masked in [brackets]")
+    flag("--data", required=True, help="JSON file of LLaVA records")
+    flag("--images", required=True, help="folder of their images")
+    flag("--tokenizer", default="runs/tiny/world/llm", help="folder with a tokenizer (default: the toy world's)")
+    flag("--template", choices=("plain", "v1"), help="default: plain for one question each, else v1")
+    flag("--count", type=int, default=3, help="how many records")
+    flag = add(check, "check", "open every record and image, and print what is wrong with which")
+    flag("--data", required=True, help="JSON file of LLaVA records")
+    flag("--images", required=True, help="folder of their images")
+    flag("--workers", type=int, default=os.cpu_count(), help="images opened at a time")
+    flag = add(print_score, "score", "score an answers file in LLaVA's format, from any tool")
+    flag("benchmark", choices=BENCHMARKS)
+    flag("--answers", required=True, help="JSON lines with question_id, prompt, text")
+    flag("--questions", required=True, help="the benchmark's questions, as LLaVA publishes them")
+    flag("--annotations", help="the benchmark's labels, where its questions have none")
     args = parser.parse_args()
     args.run(args)
 
