@@ -446,7 +446,7 @@ class HydraVLM(nn.Module):
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each gives its gradient at once; in bf16 the sum, too, is bf16: only the log sees it
+        if torch.is_grad_enabled():  # each gives its gradient at once; on a GPU the sum is in bf16: only the log sees it
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -544,13 +544,13 @@ def fill(worth, costs, budget, most):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    A component is worth its squared singular value. A spectrum is taken to fall as need / k(k + 1): what is there tells
-    the need, and what number k > r would be worth. The performance model makes a change of loss of that: its price, loss
-    per worth, is fitted to what masking components costs on the probe records, its share to what added components
-    brought of what was promised. It has to consent before a move; one that brought less than it cost is taken back.
+    A component is worth its squared singular value. A spectrum is taken to fall as need / k(k + 1): what is there
+    tells the need, and what number k > r would be worth. The performance model turns worth into loss: its price, loss
+    per worth, is fitted to what masking components costs on the probe records; its share, to what added components
+    brought of what was promised. It has to consent before a move; a move that did harm is taken back.
 
-    method "hydra"; for comparison "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
-    latter the layer's part alone), "random" (once).
+    method "hydra"; to compare "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
+    latter the layers' part alone), "random" (once).
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; at the first there is only a look
@@ -619,9 +619,11 @@ class RankController:
             brought = self.rise_without(added, loss, measure)
             self.judged.append([promised, brought])
             entry |= {"promised": promised, "realised_gain": brought - cost}
-            if brought < cost:
+            if brought < 0:
                 entry["choice"] = "undo"
                 return np.array(self.history[-1]["ranks_before"]).flatten()
+        if self.method == "hydra" and step > self.event_steps[2] and not self.judged:
+            return before  # too late for a first move: what turns out to do harm could not be made good
         promised, brought = np.sum(self.judged or [[1, 1]], axis=0)
         share = float(np.clip(brought / promised, 0, 4))
         fine = 0 * fine if self.method == "coarse" else fine
@@ -655,7 +657,7 @@ class RankController:
         return ranks
 
     def fit(self, column):
-        """(loss per unit of worth (column 0) or per component (1), error at probes left out, as a standard log ratio)."""
+        """(loss per worth (column 0) or component (1), error at probes left out, as a standard log ratio)."""
         x, y = np.array(self.probes)[:, [column, 2]].T
         log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
         left_out = (log - log.mean()) * len(log) / (len(log) - 1)
@@ -663,7 +665,7 @@ class RankController:
 
     @torch.no_grad()
     def rise_without(self, counts, loss, measure):
-        """What the probe records' loss rises by while so many [L · 7] of each adapter's weakest components are masked."""
+        """What the probe loss rises by while so many [L · 7] of each adapter's weakest components are masked."""
         saved = [module.lora_B.clone() for module in self.modules]
         for module, count in zip(self.modules, counts):
             module.lora_B[:, module.by_strength()[module.rank - int(count) :]] = 0
@@ -700,7 +702,8 @@ def open_folder(name):
                 if any(folder.glob(weights)):
                     break
         except Exception as error:  # the hub raises many kinds
-            raise Mistake(f"{name}: neither a folder nor reachable on the hub: download it, or give a folder") from error
+            advice = "download it, or give a folder"
+            raise Mistake(f"{name}: neither a folder nor reachable on the hub: {advice}") from error
     with reading(folder / "config.json"):
         config = dict(json.loads((folder / "config.json").read_bytes()))
     if config.get("quantization_config"):
@@ -954,7 +957,8 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
         else:
             note = write_merged(folder, model, tokenizer, format, dtype, to)
         if format != "mobilevlm":
-            torch.save(state_of(model.projector, getattr(torch, dtype), "model.mm_projector."), folder / "mm_projector.bin")
+            projector = state_of(model.projector, getattr(torch, dtype), "model.mm_projector.")
+            torch.save(projector, folder / "mm_projector.bin")
         files = sorted([path.name for path in folder.iterdir()] + ["export.json"])
         (folder / "export.json").write_text(json.dumps({"checkpoint": str(checkpoint), "files": files}))
     print(f"wrote {to}: {note}")
