@@ -28,7 +28,6 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -54,9 +53,6 @@ def flag(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-METHODS = ["hydra", "lora", "full", "aligned", "coarse", "coarse+fine", "dynamic", "random"]
-
-
 @dataclass
 class Config:
     """A run. The command line is made from these fields; None stands for the recipe's value."""
@@ -72,8 +68,9 @@ class Config:
     questions: str = flag(None, "JSON lines {question_id, image, text, label} to answer; eval: the benchmark's")
     out: str = flag(None, "folder of the run (default: runs/MODEL/stage1, runs/MODEL/stage2-METHOD)")
     stage1: str = flag(None, "stage 2: run of stage 1 to start from (default: runs/MODEL/stage1, for a new projector)")
-    method: str = flag("hydra", "stage 2: hydra; lora (fixed ranks); full (the LLM's own weights); to compare: aligned "
-                       "(hydra's start, fixed ranks), ranks moved without the performance model", choices=METHODS)
+    method: str = flag("hydra", "stage 2: hydra, lora (fixed ranks), full (the LLM's own weights); to compare: aligned "
+                       "(hydra's start, fixed ranks) and ways to move ranks without the performance model",
+                       choices=("hydra", "lora", "full", "aligned", "coarse", "coarse+fine", "dynamic", "random"))
     lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
     lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
     lora_dropout: float = flag(None, "dropout before the adapters")
@@ -130,12 +127,13 @@ def complete(config, world_size):
     # of the three batch sizes any two give the third
     each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
     total = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
-    share, most = total // world_size, recipe["per_device_train_batch_size"]
-    each = each or (share // passes if passes else max(n for n in range(1, most + 1) if share % n == 0))
-    passes = passes or share // each
+    own, most = total // world_size, recipe["per_device_train_batch_size"]
+    each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
+    passes = passes or own // each
     if each * passes * world_size != total or not total:
-        product = f"--per_device_train_batch_size {each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        raise Mistake(f"{product} = {each * passes * world_size}, not --global_batch_size {total}: change one of them")
+        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
+        product = f"--per_device_train_batch_size {factors} = {each * passes * world_size}"
+        raise Mistake(f"{product}, not --global_batch_size {total}: change one of them")
     recipe |= dict(global_batch_size=total, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     for key, value in recipe.items():
         if getattr(config, key) is None:
@@ -210,7 +208,6 @@ class Log:
         self.rows, self.file = [], None
         if dist.get_rank() > 0:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -229,7 +226,7 @@ class Log:
 
 
 def save(config, model, state):
-    """out/checkpoint-STEP, whole or not at all; all but the newest go once it is there. state: all that the loop needs."""
+    """out/checkpoint-STEP, whole or not at all, with all that the loop needs; then all but the newest go."""
     torch.save(state, buffer := io.BytesIO())  # to a full disk itself it would hide the reason
     with whole(Path(config.out, f"checkpoint-{state['step']}")) as folder:
         folder.mkdir()
@@ -240,15 +237,12 @@ def save(config, model, state):
         shutil.rmtree(old)
 
 
-# what a resumed run has to share with the one that it continues, beside its records: all that changes a result
-LASTING = ("stage", "method", "lora_rank", "lora_dropout", "global_batch_size", "learning_rate", "warmup_ratio",
-           "max_grad_norm", "epochs", "max_steps", "seed")  # fmt: skip
-
-
 def load(checkpoint, config, model, records, optimizer, controller):
     """Put a run of the same flags, data and model back; returns the loop's state."""
     saved = hydra.read_config(checkpoint)
-    flags = {f"--{key}": (saved["run"].get(key), getattr(config, key)) for key in LASTING}
+    decisive = ("stage", "method", "lora_rank", "lora_dropout", "global_batch_size", "learning_rate", "warmup_ratio",
+                "max_grad_norm", "epochs", "max_steps", "seed")  # fmt: skip
+    flags = {f"--{key}": (saved["run"].get(key), getattr(config, key)) for key in decisive}
     flags["projector"] = saved["projector"], model.projector.kind
     scale = next((adapter.scale for adapter in hydra.adapters(model).values()), None)
     flags["adapters' scale"] = saved["scale"], scale
@@ -320,8 +314,8 @@ def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_ne
     """[(question, answer)] of this process's share of the questions, generated in batches."""
     mine, texts = share(questions), []
     samples = make_samples(list(map(as_record, mine)), images, model, tokenizer, "v1", replace=False)
-    loader = DataLoader(samples, batch_size, collate_fn=data.collate, num_workers=workers, worker_init_fn=ignore_signals)
-    for batch in loader if mine else []:
+    options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    for batch in DataLoader(samples, batch_size, collate_fn=data.collate, **options) if mine else []:
         with autocast(model.llm.device):
             ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
         texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -388,7 +382,7 @@ def read_data(config):
 
 
 def build_model(config, device):
-    """(model, tokenizer): a trained projector, new adapters for stage 2, all but what trains frozen, in bf16 on a GPU."""
+    """(model, tokenizer): for stage 2 with a trained projector and new adapters; what is frozen in bf16 on a GPU."""
     torch.manual_seed(config.seed)
     source, projector, stage1 = SOURCES.get(config.model, config.model), config.projector, None
     if config.stage == 2:
@@ -493,10 +487,9 @@ def run(config):
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
 
-    def is_past(row):
-        """What came after the checkpoint is written again, an evaluation at its own step, too."""
-        return row["step"] < first + (not {"held_out_loss", "result"} & row.keys())
-
+    # what came after the checkpoint is written again, an evaluation at its own step, too
+    is_past = lambda row: row["step"] < first or row["step"] == first and not {"held_out_loss", "result"} & row.keys()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     log = Log(Path(config.out, "log.jsonl"), is_past)
     probe, validation = (hold(config, model, samples(part)) for part in (probe, validation))
     say(parameter_table(model))
@@ -512,16 +505,10 @@ def run(config):
         collate_fn=partial(parts_of, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
-    def agree():
-        """What trains is the first process's, however the others' hardware rounds."""
-        for p in trained_parameters(model):
-            dist.broadcast(p.detach(), 0)
-
-    agree()
+    events = controller.event_steps if controller else ()
     model.train()
     started, tokens, seconds_of_events = time.time(), 0, 0.0
-    hide = rank > 0 or None  # None: shown on a terminal
-    for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=hide, unit="step"):
+    for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=rank > 0 or None):
         if step % eval_steps == 0:
             entry = evaluate(config, model, tokenizer, validation, questions[:120], log, step)
             state["before"] = state["before"] or entry["held_out_loss"]
@@ -534,6 +521,8 @@ def run(config):
         trained = trained_parameters(model)
         for p in trained:
             p.grad = torch.zeros_like(p)  # a process may meet no image, which leaves none for the projector
+            if step in (first, *events):  # what is new is the first process's, however the others' hardware rounds
+                dist.broadcast(p.detach(), 0)
         loss, targets, bad = 0.0, 0, []
         for _ in micro_batches(step):
             parts, problems = next(loader)
@@ -567,25 +556,24 @@ def run(config):
             names = [train[i].get("id", i) for parts in micro_batches(step) for part in parts for i in part]
             words = f"no finite gradient for 11 steps; lower --learning_rate, or look at records {names}"
             raise Mistake(f"step {done}: {words}")
-        if controller and done in controller.event_steps:
+        if done in events:
             since = time.time()
             entry = controller.event(done, partial(held_out_loss, model, probe), optimizer)
             if len(set(gather([controller.checksum()]))) > 1:
-                raise Mistake(f"step {done}: ranks differ between processes; go on from the last checkpoint with --resume")
-            agree()
+                raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             seconds_of_events += time.time() - since
             say(describe_event(entry))
             log(**entry)
         if done % config.log_steps == 0 or done == total_steps:
             (seen,), seconds = total(tokens), time.time() - started
-            entry = {"step": done, "loss": state["loss"] / max(state["targets"], 1), "lr": rate}
-            entry |= {"skipped_steps": state["skipped"]} if state["skipped"] else {}
+            mean = state["loss"] / max(state["targets"], 1)
             state |= {"loss": 0.0, "targets": 0.0}
-            say(f"{100 * done / total_steps:5.1f}%  loss {entry['loss']:.3f}  lr {rate:.2e}  {seen / seconds:,.0f} tokens/s  "
-                f"{seconds / (done - first) * (total_steps - done):.0f} s left")  # fmt: skip
-            log(**entry, tokens_per_s=round(seen / seconds))
+            left = seconds / (done - first) * (total_steps - done)
+            percent = f"{100 * done / total_steps:5.1f}%"
+            say(f"{percent}  loss {mean:.3f}  lr {rate:.2e}  {seen / seconds:,.0f} tokens/s  {left:.0f} s left")
+            log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and rank == 0:
-            parts = {"optimizer": optimizer.state_dict()} | ({"controller": controller.state_dict()} if controller else {})
+            parts = {"optimizer": optimizer.state_dict(), "controller": controller and controller.state_dict()}
             save(config, model, state | parts)
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
@@ -593,8 +581,6 @@ def run(config):
     else:
         seconds = {"training": time.time() - started, "events": seconds_of_events, "in all": time.time() - begun}
         finish(config, model, tokenizer, train, validation, questions, log, state, controller, seconds)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------
@@ -616,12 +602,11 @@ def parse_arguments(words=None):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         parser.add_argument(f"--{f.name}", **kind, **f.metadata)
     config = Config(**vars(parser.parse_args(words)))
-    may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad", "use_rslora", "resume",
-                "gradient_checkpointing")  # fmt: skip
+    may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
     for name, value in vars(config).items():
-        if isinstance(value, str):
+        if type(value) is str:
             data.check_text(value, f"--{name}")
-        elif value is not None and not (value > 0 or value == 0 and name in may_be_0):
+        elif type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_0):
             raise Mistake(f"--{name} {value}: give a positive number")
     if config.seed >= 10**9:
         raise Mistake(f"--seed {config.seed}: give a number below 10^9")
@@ -692,7 +677,8 @@ def check_memory(config, model, device):
 def parameter_table(model):
     """Parameters of each part, and how many of them are trained, as text."""
     lines = [f"{'':10}{'parameters':>15}{'trained':>15}"]
-    for part, key in {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "adapters": ".lora_", "all": ""}.items():
+    keys = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "adapters": ".lora_", "all": ""}
+    for part, key in keys.items():
         own = [p for name, p in model.named_parameters() if key in name]
         trained = sum(p.numel() for p in own if p.requires_grad)
         lines.append(f"{part:10}{sum(p.numel() for p in own):15,}{trained:15,}")
@@ -732,52 +718,50 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
     """The end of a run: what it reached, what it cost, what to do next; the picture of the ranks."""
     result = evaluate(config, model, tokenizer, validation, questions, log, state["step"])
     before, after = state["before"], result["held_out_loss"]
-    lines = [f"held-out loss {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.0f} %)"]
+    say(f"held-out loss {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.0f} %)")
     if questions:
         result["test_loss"] = test_loss(config, model, tokenizer, questions)
         blind = accuracy(blind_answers(train, questions))
-        lines += [f"{'accuracy':14}{'model':>8}{'no image':>10}"]
-        lines += [f"{kind:14}{value:8.2f}{blind[kind]:10.2f}" for kind, value in result["accuracy"].items()]
-    parameters = sum(p.numel() for p in trained_parameters(model))
-    if controller:  # the budget was all used at the start
-        start, end = (int((entry["ranks"] * controller.costs).sum()) for entry in controller.history[:: len(controller.history) - 1 or 1])
-        parameters += start - end
+        say(f"{'accuracy':14}{'model':>8}{'no image':>10}")
+        for kind, value in result["accuracy"].items():
+            say(f"{kind:14}{value:8.2f}{blind[kind]:10.2f}")
+    result["parameters"] = sum(p.numel() for p in trained_parameters(model))
+    if controller:  # the most that there were: at the start all of the budget is used
+        freed = (config.lora_rank - np.array(controller.history[-1]["ranks"])) * controller.costs
+        result["parameters"] += int(freed.sum())
         if dist.get_rank() == 0:
             draw_ranks(controller.history, Path(config.out, "ranks.png"))
-    result |= {"seconds": seconds["training"], "parameters": parameters, "device": str(model.llm.device)}
-    log(step=state["step"], result=result | {"torch": torch.__version__, "run": asdict(config)})
+    result |= {"seconds": seconds["training"], "device": str(model.llm.device), "torch": torch.__version__}
+    log(step=state["step"], result=result | {"run": asdict(config)})
     if state["bad"] or state["skipped"]:
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
-        lines += [f"left out: {counts}; see log.jsonl"]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        say(f"left out: {counts}; see log.jsonl")
     events = 100 * seconds["events"] / max(seconds["training"], 1e-9)
-    lines += [f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
-              f"training; peak memory {memory:.1f} GB", f"wrote {config.out}"]  # fmt: skip
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
+        f"training; peak memory {memory:.1f} GB")  # fmt: skip
+    say(f"wrote {config.out}")
     words = ["torchrun", "train.py", "--stage", "2", "--model", config.model, "--stage1", config.out]
     if config.stage == 2:
         words = ["python", "hydra.py", "chat", config.out, "--image", "FILE"]
-    say("\n".join([*lines, "next: " + shlex.join(words)]))
-
-
-def describe_spread(entry):
-    """Of log worths between and inside layers, beside what equal needs would give."""
-    (coarse, fine), noise = entry["spread"], hydra.NOISE
-    text = f"coarse spread {coarse:.2f} (equal needs: {noise / math.sqrt(len(hydra.PROJECTIONS)):.2f}), "
-    return text + f"fine spread {fine:.2f} (equal needs: {noise:.2f})"
+    say("next: " + shlex.join(words))
 
 
 def describe_event(entry):
-    """One rank event in words, with the ranks of each layer that it changed, before and after."""
-    text = f"rank event at step {entry['step']}: {entry['choice']}; probe loss {entry['probe_loss']:.4f}"
-    if "spread" in entry:
-        text += f"; {describe_spread(entry)}"
-    if "predicted_gain" in entry:
-        text += f"; predicted gain {entry['predicted_gain']:+.4f}, log error {entry['error']:.2f} at measurements left out"
-        text += f" ({entry['error_without_signals']:.2f} without signals)"
-    if "realised_gain" in entry:
-        text += f"; the last move brought {entry['realised_gain']:+.4f}"
-    text += f"; {entry['parameters']:,} of {entry['budget']:,} parameters"
-    for layer, (before, after) in enumerate(zip(entry["ranks_before"], entry["ranks"])):
+    """What a rank event's log entry holds, in words; then the ranks of each layer that it changed, before and after."""
+    words = {
+        "probe_loss": "probe loss {probe_loss:.4f}",
+        "spread": "coarse spread {spread[0]:.2f} (equal needs: {equal[0]:.2f}), "
+                  "fine spread {spread[1]:.2f} (equal needs: {equal[1]:.2f})",
+        "predicted_gain": "predicted gain {predicted_gain:+.4f}, log error {error:.2f} at measurements left out "
+                          "({error_without_signals:.2f} without signals)",
+        "realised_gain": "the last move brought {realised_gain:+.4f}",
+        "budget": "{parameters:,} of {budget:,} parameters",
+    }  # fmt: skip
+    equal = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
+    said = [words[key].format(**entry, equal=equal) for key in words if key in entry]
+    text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
+    for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
             text += f"\n    layer {layer}: {' '.join(map(str, before))} -> {' '.join(map(str, after))}"
     return text
@@ -785,33 +769,30 @@ def describe_event(entry):
 
 def draw_ranks(history, path):
     """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
-    cell = 46
-    names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
+    cell, names = 46, [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
     start = np.array(history[0]["ranks"])  # [layers, projections]
-    size = cell * len(names), cell * len(start)
-    image = Image.new("RGB", ((size[0] + 2 * cell) * len(history), size[1] + 3 * cell), "white")
-    draw = ImageDraw.Draw(image)
-    for p, entry in enumerate(history):
-        left, top = (size[0] + 2 * cell) * p + cell, 2 * cell
+    width, height = cell * len(names), cell * len(start)
+    panel = width + 2 * cell
+    image = Image.new("RGB", (panel * len(history), height + 4 * cell), "white")
 
-        def text(column, row, words, size=13, anchor="mm"):
-            place = left + column * cell, top + row * cell
-            draw.text(place, str(words), "black", ImageFont.load_default(size), anchor)
+    def text(column, row, words, size=13, anchor="mm"):
+        place = panel * number + cell * (column + 1), cell * (row + 3)
+        ImageDraw.Draw(image).text(place, str(words), "black", ImageFont.load_default(size), anchor)
 
-        text(0, -1.5, f"step {entry['step']}: {entry['choice']}", 17, "lm")
-        text(0, -1, describe_spread(entry) if "spread" in entry else "", 11, "lm")
-        # blue above the start's rank, orange below; white between two of its powers
+    for number, entry in enumerate(history):
+        text(-0.7, -2.8, describe_event(entry).partition("\n")[0].replace("; ", "\n"), 10, "la")
         shade = np.log2(entry["ranks"] / start).clip(-1, 1)[..., None]
-        color = 255 - abs(shade) * np.where(shade > 0, (205, 125, 0), (0, 105, 225))
-        image.paste(Image.fromarray(color.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), (left, top))
+        colors = 255 - abs(shade) * np.where(shade > 0, (205, 125, 0), (0, 105, 225))  # [layers, projections, 3]
+        cells = Image.fromarray(colors.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+        image.paste(cells, (panel * number + cell, 3 * cell))
         for column, name in enumerate(names):
             text(column + 0.5, -0.3, name)
         for row, ranks in enumerate(entry["ranks"]):
             text(-0.3, row + 0.5, row)
-            text(len(names) + 0.4, row + 0.5, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "", 12)
+            text(len(names) + 0.5, row + 0.5, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "", 12)
             for column, rank in enumerate(ranks):
                 text(column + 0.5, row + 0.5, rank, 15)
-    draw.text((cell, size[1] + 2.4 * cell), "rank of each adapter; rows are layers, beside them their coarse part; blue: above the start, orange: below", "black", ImageFont.load_default(13))
+        text(0, len(start) + 0.5, "rows: layers, beside them their coarse part; blue: more than at the start", 10, "lm")
     image.save(path)
 
 
@@ -822,11 +803,10 @@ def run_benchmark(config):
     device = set_up_processes()
     questions = data.read_benchmark(config.benchmark, config.questions, config.annotations)
     path = Path(config.answers or f"{config.checkpoint}/answers-{config.benchmark}.jsonl")
-    if not path.parent.is_dir():
-        raise Mistake(f"--answers {path}: its folder does not exist; name another file")
     log = Log(path)
     answers = gather(log.rows)
-    model_id = str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint)  # a run that trains on is another model
+    # a run that trains on is another model
+    model_id = str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint)
     if other := {answer.get("model_id") for answer in answers} - {model_id}:
         raise Mistake(f"--answers {path}: has answers of {other.pop()}; name another file")
     left = [question for question, answered in data.join_answers(config.benchmark, questions, answers) if not answered]
@@ -840,17 +820,17 @@ def run_benchmark(config):
     for start in tqdm(range(0, len(left), chunk), disable=dist.get_rank() > 0 or None):
         mine = left[start : start + chunk]
         for question, text in gather(answer(model, tokenizer, mine, config.images, config.num_workers or 0, size, 128)):
-            answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text,
-                            "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}})  # fmt: skip
-            log(**answers[-1])
+            row = {"question_id": question["question_id"], "prompt": question["text"], "text": text}
+            answers.append(row)
+            log(**row, model_id=model_id)
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main():
     config = parse_arguments()
     (run_benchmark if config.stage == "eval" else run)(config)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
