@@ -74,7 +74,6 @@ class Config:
     lora_rank: int = flag(None, "adapters' rank at the start, which sets the parameter budget")
     lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
     lora_dropout: float = flag(None, "dropout before the adapters")
-    use_rslora: bool = flag(False, "scale lora_alpha / √lora_rank instead")
     per_device_train_batch_size: int = flag(None, "samples per process and forward pass")
     gradient_accumulation_steps: int = flag(None, "forward passes per step")
     global_batch_size: int = flag(None, "samples per step; any two of the three give the third")
@@ -144,26 +143,6 @@ def complete(config, world_size):
 # processes: one per GPU under torchrun; a plain `python train.py` is a group of one
 
 
-def set_up_processes():
-    """This process's device, once it has joined the others."""
-    is_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_gpu else torch.device("cpu")
-    if is_gpu:
-        torch.cuda.set_device(device)
-    store, rank, world_size = dist.HashStore(), 0, 1
-    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        with reading("the variables that torchrun sets"):
-            store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of those that died
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
-    backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
-    device_id = device if is_gpu else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    return device
-
-
 def total(*values):
     """Each value (number or tensor) summed over all processes, as floats."""
     return [sum(column) for column in zip(*gather([[float(value) for value in values]]))]
@@ -194,35 +173,7 @@ def autocast(device):
 
 
 # ------------------------------------------------------------------------------------------
-# what a run leaves on the disk: a log and checkpoints
-
-
-class Log:
-    """JSON lines, written by the first process; a last line that a kill cut short is dropped.
-
-    One run at a time: the lock on the file ends with the process, however that ends.
-    """
-
-    def __init__(self, path, keep=lambda row: True):
-        """keep(row): the file is cut before the first row of which it is not true."""
-        self.rows, self.file = [], None
-        if dist.get_rank() > 0:
-            return
-        self.file = open(path, "a+b")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mistake(f"{path}: another run is writing it; wait for its end, or name another folder") from None
-        self.file.seek(0)
-        lines = [line for line in self.file if line.endswith(b"\n")]
-        with reading(path):
-            self.rows = list(takewhile(keep, map(json.loads, lines)))
-        self.file.truncate(sum(map(len, lines[: len(self.rows)])))
-
-    def __call__(self, **row):
-        if self.file:
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
+# checkpoints and schedule
 
 
 def save(config, model, state):
@@ -407,8 +358,7 @@ def build_model(config, device):
         hydra.restore(model, stage1)
     model.projector.float()  # what trains is always fp32
     if config.stage == 2 and config.method != "full":
-        scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
-        hydra.inject_adapters(model.llm, config.lora_rank, scale, config.lora_dropout)
+        hydra.inject_adapters(model.llm, config.lora_rank, config.lora_alpha / config.lora_rank, config.lora_dropout)
     hydra.freeze(model, config.stage, config.method)
     if config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -427,17 +377,6 @@ def make_samples(records, images, model, tokenizer, template, replace=True):
 
 # ------------------------------------------------------------------------------------------
 # the run
-
-
-def ignore_signals(*_):
-    """For processes that read images: a signal is sent to them, too, and is the trainer's to answer."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def parts_of(samples, most_tokens, image_tokens):
-    """(the batches that a pass is run in, one or more; what was broken in it)"""
-    return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
 
 
 def run(config):
@@ -584,7 +523,7 @@ def run(config):
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Command line, checks, reports, benchmarks.
+# From here on: skip on a first reading. Command line, processes and log, checks, reports, benchmarks.
 # ------------------------------------------------------------------------------------------
 
 
@@ -595,9 +534,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(words=None):
     """Config from the command line (or these words), which is made from its fields."""
-    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=50, width=150)
-    usage = "train.py --stage {1,2,eval} [flags]"
-    parser = Parser(usage=usage, description=__doc__, formatter_class=wide, allow_abbrev=False)
+    parser = Parser(usage="train.py --stage {1,2,eval} [flags]", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         parser.add_argument(f"--{f.name}", **kind, **f.metadata)
@@ -615,9 +553,71 @@ def parse_arguments(words=None):
     return replace(config, stage=int(config.stage)) if config.stage.isdigit() else config
 
 
+def set_up_processes():
+    """This process's device, once it has joined the others."""
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        with reading("the variables that torchrun sets"):
+            store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it restarts the processes, with the addresses of those that died
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    options = {"store": store, "rank": rank, "world_size": world_size}
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **options)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
+    return device
+
+
+class Log:
+    """JSON lines, written by the first process; a last line that a kill cut short is dropped.
+
+    One run at a time: the lock on the file ends with the process, however that ends.
+    """
+
+    def __init__(self, path, keep=lambda row: True):
+        """keep(row): the file is cut before the first row of which it is not true."""
+        self.rows, self.file = [], None
+        if dist.get_rank() > 0:
+            return
+        self.file = open(path, "a+b")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"{path}: another run is writing it; wait for its end, or name another folder") from None
+        self.file.seek(0)
+        lines = [line for line in self.file if line.endswith(b"\n")]
+        with reading(path):
+            self.rows = list(takewhile(keep, map(json.loads, lines)))
+        self.file.truncate(sum(map(len, lines[: len(self.rows)])))
+
+    def __call__(self, **row):
+        if self.file:
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
+
+
+def ignore_signals(*_):
+    """For processes that read images: a signal is sent to them, too, and is the trainer's to answer."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def parts_of(samples, most_tokens, image_tokens):
+    """(the batches that a pass is run in, one or more; what was broken in it)"""
+    return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
+
+
 def check_context(model, tokenizer, template, parts):
     """Say how many records {part: records} the context cuts; Mistake where nothing is left to learn from, or to ask."""
     for part, records in parts.items():
+        longer = sum(len(record["conversations"]) > 3 for record in records)
+        if longer and template == "plain":
+            say(f"{part}: {longer} of {len(records)} have more than one answer: stage 1 learns the first alone")
         counts = data.cut_and_empty(share(records), tokenizer, template, model.image_tokens, model.context_length)
         cut, empty = map(int, total(*counts))
         if cut or empty:
