@@ -110,11 +110,11 @@ LEARNING_RATES = {"tiny": (7e-3, 2.5e-3, 1e-3), "1.7b": (1e-3, 1e-4, 2e-5), "3b"
 
 def complete(config, world_size):
     """Fill what was left open from the recipe, and check that the three batch sizes agree."""
-    name, is_full = Path(config.model).name, config.stage == 2 and config.method == "full"
     size = config.model if config.model in SOURCES else "1.7b"  # what a folder or hub id takes
     recipe = dict(RECIPES["tiny" if size == "tiny" else config.stage])
+    is_full = config.stage == 2 and config.method == "full"
     recipe["learning_rate"] = LEARNING_RATES[size][2 if is_full else config.stage - 1]
-    recipe["out"] = f"runs/{name}/stage{config.stage}" + (f"-{config.method}" if config.stage == 2 else "")
+    recipe["out"] = f"runs/{Path(config.model).name}/stage{config.stage}" + f"-{config.method}" * (config.stage == 2)
     recipe["num_workers"] = 4 * torch.cuda.is_available()
     if size == "tiny":
         recipe["vision_tower"] = str(TOY / "clip")
@@ -190,16 +190,12 @@ def save(config, model, state):
 
 def load(checkpoint, config, model, records, optimizer, controller):
     """Put a run of the same flags, data and model back; returns the loop's state."""
-    saved = hydra.read_config(checkpoint)
-    decisive = ("stage", "method", "lora_rank", "lora_dropout", "global_batch_size", "learning_rate", "warmup_ratio",
-                "max_grad_norm", "epochs", "max_steps", "seed")  # fmt: skip
-    flags = {f"--{key}": (saved["run"].get(key), getattr(config, key)) for key in decisive}
-    flags["projector"] = saved["projector"], model.projector.kind
-    scale = next((adapter.scale for adapter in hydra.adapters(model).values()), None)
-    flags["adapters' scale"] = saved["scale"], scale
-    for name, (there, here) in flags.items():
+    saved = hydra.read_config(checkpoint)["run"]
+    for key in ("stage", "method", "lora_rank", "lora_alpha", "lora_dropout", "global_batch_size", "learning_rate",
+                "warmup_ratio", "max_grad_norm", "epochs", "max_steps", "seed"):  # fmt: skip
+        there, here = saved.get(key), getattr(config, key)
         if there != here:
-            raise Mistake(f"--resume: {checkpoint} was run with {name} {there}, not {here}; use the same flags")
+            raise Mistake(f"--resume: {checkpoint} was run with --{key} {there}, not {here}; use the same flags")
     hydra.restore(model, checkpoint)
     with reading(checkpoint / "trainer.pt"):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
@@ -335,10 +331,10 @@ def read_data(config):
 def build_model(config, device):
     """(model, tokenizer): for stage 2 with a trained projector and new adapters; what is frozen in bf16 on a GPU."""
     torch.manual_seed(config.seed)
-    source, projector, stage1 = SOURCES.get(config.model, config.model), config.projector, None
-    if config.stage == 2:
-        is_new = hydra.open_folder(source)[1].get("model_type") == "llama" and not Path(projector or "").is_file()
-        stage1 = config.stage1 or (f"runs/{Path(config.model).name}/stage1" if is_new else None)
+    source = SOURCES.get(config.model, config.model)
+    projector = config.projector
+    is_new = hydra.open_folder(source)[1].get("model_type") == "llama" and not Path(projector or "").is_file()
+    stage1 = config.stage == 2 and (config.stage1 or is_new and f"runs/{Path(config.model).name}/stage1")
     if stage1:
         if not hydra.find_checkpoint(stage1):
             words = f"--model {config.model} --out {stage1}"
@@ -410,8 +406,8 @@ def run(config):
     model, tokenizer = build_model(config, device)
     template = "plain" if config.stage == 1 else "v1"
     samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
-    check_context(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
-    check_context(model, tokenizer, template, {"--questions": [as_record(question, "?") for question in questions]})
+    check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
+    check_prompts(questions, model, tokenizer)
     if config.stage == 2 and config.method not in ("lora", "full"):
         picked = samples(train[:: -(-len(train) // 64)])  # 64 samples, 32 places of each: 2,048 for up to 128 rows
         with autocast(device):  # before a checkpoint is restored, too: what grows later needs the directions
@@ -458,9 +454,8 @@ def run(config):
         # dropout differs between steps and processes, and is the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + rank)
         trained = trained_parameters(model)
-        for p in trained:
-            p.grad = torch.zeros_like(p)  # a process may meet no image, which leaves none for the projector
-            if step in (first, *events):  # what is new is the first process's, however the others' hardware rounds
+        if step in (first, *events):  # what is new is the first process's, however the others' hardware rounds
+            for p in trained:
                 dist.broadcast(p.detach(), 0)
         loss, targets, bad = 0.0, 0, []
         for _ in micro_batches(step):
@@ -476,6 +471,8 @@ def run(config):
         # divided once by its number of targets, so that the split does not matter
         loss, targets, broken, stop = total(loss, targets, len(bad), bool(stop_signals))
         for p in trained:
+            if p.grad is None:  # the projector's, of a process that met no image
+                p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
             p.grad /= max(targets, 1)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -484,6 +481,7 @@ def run(config):
             optimizer.step()
             state["loss"] += loss
             state["targets"] += targets
+        optimizer.zero_grad()
         state["skipped"] += not is_finite
         state["in_a_row"] = 0 if is_finite else state["in_a_row"] + 1
         done = state["step"] = step + 1
@@ -504,7 +502,8 @@ def run(config):
             say(describe_event(entry))
             log(**entry)
         if done % config.log_steps == 0 or done == total_steps:
-            (seen,), seconds = total(tokens), time.time() - started
+            (seen,) = total(tokens)
+            seconds = time.time() - started
             mean = state["loss"] / max(state["targets"], 1)
             state |= {"loss": 0.0, "targets": 0.0}
             left = seconds / (done - first) * (total_steps - done)
@@ -555,10 +554,12 @@ def parse_arguments(words=None):
 
 def set_up_processes():
     """This process's device, once it has joined the others."""
+    given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
+    if given and len(given) < 4:
+        raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
     store, rank, world_size = dist.HashStore(), 0, 1
-    if {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        with reading("the variables that torchrun sets"):
-            store, rank, world_size = next(dist.rendezvous("env://"))
+    if given:
+        store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store when it restarts the processes, with the addresses of those that died
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -612,20 +613,28 @@ def parts_of(samples, most_tokens, image_tokens):
     return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
 
 
-def check_context(model, tokenizer, template, parts):
-    """Say how many records {part: records} the context cuts; Mistake where nothing is left to learn from, or to ask."""
+def check_targets(model, tokenizer, template, parts):
+    """Say how many records {part: records} the context cuts; Mistake where no part of a part is left to learn from."""
     for part, records in parts.items():
         longer = sum(len(record["conversations"]) > 3 for record in records)
         if longer and template == "plain":
-            say(f"{part}: {longer} of {len(records)} have more than one answer: stage 1 learns the first alone")
+            say(f"{part}: {longer} of {len(records)} records have more than one answer: stage 1 learns the first alone")
         counts = data.cut_and_empty(share(records), tokenizer, template, model.image_tokens, model.context_length)
         cut, empty = map(int, total(*counts))
+        context = f"the context of {model.context_length} tokens"
         if cut or empty:
-            say(f"{part}: {cut} of {len(records)} are cut at the context of {model.context_length} tokens; "
-                f"{empty} have no target")  # fmt: skip
-        if empty and (empty == len(records) or part == "--questions"):
-            raise Mistake(f"{part}: {empty} of {len(records)} fill the context of {model.context_length} tokens before "
-                          "an answer; shorten or remove them")  # fmt: skip
+            say(f"{part}: {cut} of {len(records)} records are cut at {context}; {empty} have no target")
+        if empty == len(records) > 0:
+            raise Mistake(f"--data: none of the {empty} {part} records has an answer within {context}; shorten them")
+
+
+def check_prompts(questions, model, tokenizer):
+    """Mistake if the context has no room for an answer to some of the questions."""
+    sizes = model.image_tokens, model.context_length
+    long = [q for q in questions if data.cut_and_empty([as_record(q, "?")], tokenizer, "v1", *sizes)[1]]
+    if long:
+        many = f"{len(long)} of {len(questions)} fill the context of {model.context_length} tokens"
+        raise Mistake(f"--questions: {many}, e.g. question_id {long[0]['question_id']}; shorten or remove them")
 
 
 def report_broken(config, state, problems, records, log):
@@ -641,24 +650,18 @@ def report_broken(config, state, problems, records, log):
 
 
 def expected_peak(model, config, device):
-    """(bytes that are always there, bytes per token of a pass) at a step's peak, as `test_hydra.py memory` counts them.
-
-    What a layer keeps for the backward pass, per token: two fp32 inputs of its norms, and of its products' inputs
-    what a trained weight or a nonlinearity needs, D or I wide; with dropout a mask of one byte before each adapter.
-    """
+    """(bytes that are always there, bytes per token of a pass) at a step's peak; see `test_hydra.py memory`."""
+    e = 2 if device.type == "cuda" else 4  # bytes of a product's result
     shape = model.llm.config
     D, I, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    e = 2 if device.type == "cuda" else 4  # bytes of a product's result
     # a trained parameter has a gradient and Adam's two moments in fp32, and a copy for the products
     fixed = sum(p.numel() * (p.element_size() + (12 + e) * p.requires_grad) for p in model.parameters())
     fixed += 1024 * shape.vocab_size * (4 + e)  # logits of a piece of the loss
     fixed += config.per_device_train_batch_size * model.image_tokens * 64 * e * D  # the projector's maps
-    mask = bool(config.lora_dropout)
-    layer = (8 + 6 * e + 6 * mask) * D + (4 * e + mask) * I
-    if config.stage == 1:
-        layer = (8 + 4 * e) * D + 3 * e * I
-    elif config.method == "full":
-        layer = (16 + 9 * e) * D + 4 * e * I
+    # what a layer keeps of a token for the backward pass, in results as wide as D and I: counted, with dropout
+    plan = config.method if config.stage == 2 else "stage 1"
+    of_D, of_I = {"stage 1": (8, 3), "full": (17, 4)}.get(plan, (13, 4.5))
+    layer = e * (of_D * D + of_I * I)
     # with checkpointing each layer's input, and one layer whole
     return fixed, layers * e * D + layer if config.gradient_checkpointing else layers * layer
 
@@ -769,11 +772,12 @@ def describe_event(entry):
 
 def draw_ranks(history, path):
     """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
-    cell, names = 46, [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
+    cell = 46  # pixels
+    names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
     start = np.array(history[0]["ranks"])  # [layers, projections]
-    width, height = cell * len(names), cell * len(start)
-    panel = width + 2 * cell
-    image = Image.new("RGB", (panel * len(history), height + 4 * cell), "white")
+    size = cell * len(names), cell * len(start)
+    panel = size[0] + 2 * cell
+    image = Image.new("RGB", (panel * len(history), size[1] + 4 * cell), "white")
 
     def text(column, row, words, size=13, anchor="mm"):
         place = panel * number + cell * (column + 1), cell * (row + 3)
@@ -783,7 +787,7 @@ def draw_ranks(history, path):
         text(-0.7, -2.8, describe_event(entry).partition("\n")[0].replace("; ", "\n"), 10, "la")
         shade = np.log2(entry["ranks"] / start).clip(-1, 1)[..., None]
         colors = 255 - abs(shade) * np.where(shade > 0, (205, 125, 0), (0, 105, 225))  # [layers, projections, 3]
-        cells = Image.fromarray(colors.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+        cells = Image.fromarray(colors.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         image.paste(cells, (panel * number + cell, 3 * cell))
         for column, name in enumerate(names):
             text(column + 0.5, -0.3, name)
@@ -814,7 +818,7 @@ def run_benchmark(config):
     model, tokenizer = hydra.load_checkpoint(config.checkpoint, config.vision_tower, config.projector, dtype)
     model.to(device)
     say(f"{len(questions)} questions, {len(answers)} answered before -> {path}")
-    check_context(model, tokenizer, "v1", {"--questions": [as_record(question, "?") for question in left]})
+    check_prompts(left, model, tokenizer)
     size = config.per_device_train_batch_size or 64
     chunk = size * dist.get_world_size()
     for start in tqdm(range(0, len(left), chunk), disable=dist.get_rank() > 0 or None):
