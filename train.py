@@ -656,14 +656,14 @@ def expected_peak(model, config, device):
     D, I, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     # a trained parameter has a gradient and Adam's two moments in fp32, and a copy for the products
     fixed = sum(p.numel() * (p.element_size() + (12 + e) * p.requires_grad) for p in model.parameters())
-    fixed += 1024 * shape.vocab_size * (4 + e)  # logits of a piece of the loss
     fixed += config.per_device_train_batch_size * model.image_tokens * 64 * e * D  # the projector's maps
     # what a layer keeps of a token for the backward pass, in results as wide as D and I: counted, with dropout
     plan = config.method if config.stage == 2 else "stage 1"
     of_D, of_I = {"stage 1": (8, 3), "full": (17, 4)}.get(plan, (13, 4.5))
     layer = e * (of_D * D + of_I * I)
-    # with checkpointing each layer's input, and one layer whole
-    return fixed, layers * e * D + layer if config.gradient_checkpointing else layers * layer
+    if config.gradient_checkpointing:  # each layer's input, and one layer whole when those of the loss are gone
+        return fixed, layers * e * D + layer
+    return fixed + 1024 * shape.vocab_size * (4 + e), layers * layer  # logits of a piece of the loss
 
 
 def check_memory(config, model, device):
