@@ -680,7 +680,7 @@ def check_memory(config, model, device):
 def parameter_table(model):
     """Parameters of each part, and how many of them are trained, as text."""
     lines = [f"{'':10}{'parameters':>15}{'trained':>15}"]
-    keys = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "adapters": ".lora_", "all": ""}
+    keys = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
     for part, key in keys.items():
         own = [p for name, p in model.named_parameters() if key in name]
         trained = sum(p.numel() for p in own if p.requires_grad)
