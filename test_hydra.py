@@ -5,7 +5,7 @@
 Experiments, below the tests:
 
     python test_hydra.py compare --methods aligned,hydra,eva --seeds N [--damage noise:LAYER] [flags of train.py]
-    python test_hydra.py lab WORLDS METHODS [SEEDS] [STEPS] [--picture FILE]    where it is known what needs how much rank
+    python test_hydra.py lab WORLDS METHODS [SEEDS] [STEPS]    where it is known what needs how much rank
     python test_hydra.py memory [--model 1.7b|3b|tiny] [flags of train.py]      a step's peak, counted without a GPU
     python test_hydra.py speed [flags of train.py]      seconds of the parts of a step, tokens/s
     python test_hydra.py bench               our step, adapter and images beside the usual ones (needs peft)
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -41,7 +42,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1557,14 +1558,12 @@ def use_peft(model, method, rank, scale, dropout, steps, batches):
         model.llm.set_submodule(name, adapter.base)
     common = {"target_modules": [name.split(".")[1] for name in hydra.PROJECTIONS], "lora_dropout": dropout}
     if method == "eva":
-        common |= {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0), "r": rank}
-        config = peft.LoraConfig(lora_alpha=scale * rank, **common)
-        llm = peft.get_peft_model(model.llm, config, low_cpu_mem_usage=True)
-        batches = [{key: value for key, value in batch.items() if value is not None} for batch in batches]
-        own = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "gather_distributed_inputs": False}
+        common |= dict(r=rank, lora_alpha=scale * rank, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0))
+        llm = peft.get_peft_model(model.llm, peft.LoraConfig(**common), low_cpu_mem_usage=True)
         peft.initialize_lora_eva_weights(
-            llm, batches, forward_fn=lambda _, batch: model(**batch), show_progress_bar=False, **own
-        )
+            llm, batches, forward_fn=lambda _, batch: model(**batch), prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=None, gather_distributed_inputs=False, show_progress_bar=False,
+        )  # fmt: skip
         return [lambda *_: None] * 2
     first = round(1.5 * rank)
     common |= dict(init_r=first, target_r=rank, lora_alpha=scale * first, total_step=steps)
@@ -1582,12 +1581,9 @@ def use_peft(model, method, rank, scale, dropout, steps, batches):
 
 def ranks_of(llm):
     """[layers, 7] of our adapters or PEFT's; EVA leaves some modules without, AdaLoRA sets entries of E to zero."""
-
-    def rank(module):
-        factors = [p for name, p in module.named_parameters() if re.search("lora_[AE]", name)]
-        return min((int(p.any(1).sum()) for p in factors), default=0)
-
-    return [[rank(layer.get_submodule(name)) for name in hydra.PROJECTIONS] for layer in llm.model.layers]
+    modules = [[layer.get_submodule(name) for name in hydra.PROJECTIONS] for layer in llm.model.layers]
+    factors = lambda module: (p for name, p in module.named_parameters() if re.search("lora_[AE]", name))
+    return [[min((int(p.any(1).sum()) for p in factors(module)), default=0) for module in row] for row in modules]
 
 
 def damage(llm, kind, layer, share="0"):
@@ -1601,7 +1597,7 @@ def damage(llm, kind, layer, share="0"):
     generator = torch.Generator().manual_seed(0)
     for name in hydra.PROJECTIONS:
         linear = llm.model.layers[int(layer)].get_submodule(name)
-        weight = (linear.base if isinstance(linear, hydra.HybridLoRALinear) else linear).weight.data
+        weight = getattr(linear, "base", linear).weight.data
         if kind == "noise":
             U, V = (torch.randn(size, 12, generator=generator) for size in weight.shape)
             noise = (U @ V.T).to(weight)
@@ -1612,7 +1608,7 @@ def damage(llm, kind, layer, share="0"):
 
 
 def train_further(argv):
-    """train.py's run of a damaged LLM or a rival ("" for neither); then ranks.json, which holds argv, too."""
+    """train.py's run of a damaged LLM or a rival ("" for neither); at its end it has ranks.json."""
     harm, rival, *words = argv
     config, build_model, built = train.parse_arguments(words), train.build_model, []
     for checkpoint in hydra.list_checkpoints(config.out) if rival else ():  # which do not hold PEFT's adapters
@@ -1628,9 +1624,10 @@ def train_further(argv):
             steps = config.epochs * math.ceil(len(records) / config.global_batch_size)
             picked = records[:: math.ceil(len(records) / 64)]  # as for our align
             samples = train.make_samples(picked, config.images, model, tokenizer, "v1")
+            batches = [data.collate([samples[i]]) for i in range(len(samples))]
+            steps = min(steps, config.max_steps or steps)
             scale = config.lora_alpha / config.lora_rank
-            before, after = use_peft(model, rival, config.lora_rank, scale, config.lora_dropout,
-                                     min(steps, config.max_steps or steps), [data.collate([s]) for s in samples])  # fmt: skip
+            before, after = use_peft(model, rival, config.lora_rank, scale, config.lora_dropout, steps, batches)
             register_optimizer_step_pre_hook(before)
             register_optimizer_step_post_hook(after)
         return model, tokenizer
@@ -1638,14 +1635,7 @@ def train_further(argv):
     with patch.object(train, "build_model", build):
         train.run(config)
     if "result" in data.read_json(Path(config.out, "log.jsonl"))[-1]:  # else a signal stopped it
-        Path(config.out, "ranks.json").write_text(json.dumps({"argv": argv, "ranks": ranks_of(*built)}))
-
-
-def sign_flip_p(gaps):
-    """Two-sided p of paired differences [n]: exact, all 2^n signs, up to n = 16; else 65,536 random ones."""
-    n, rng = len(gaps), np.random.default_rng(0)
-    signs = np.array(list(product((1, -1), repeat=n))) if n <= 16 else rng.choice((1, -1), (65536, n))
-    return float((abs(signs @ gaps) >= abs(gaps.sum()) - 1e-12).mean())
+        Path(config.out, "ranks.json").write_text(json.dumps(ranks_of(*built)))
 
 
 def compare(argv):
@@ -1654,26 +1644,29 @@ def compare(argv):
     parser.add_argument("--methods", default="aligned,hydra", help="METHOD or METHOD:RANK, the first is compared with")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--learning_rates", default="", help="each method keeps its best of the first seed's validation")
+    parser.add_argument("--learning_rates", default="", help="of which each method keeps the first seed's best")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--damage", default="", help="of the LLM: noise:LAYER or prune:LAYER:SHARE")
     parser.add_argument("--out", default="runs/tiny/compare")
     args, rest = parser.parse_known_args(argv)
     if not re.fullmatch(r"(noise:\d+|prune:\d+:0?\.\d+)?", args.damage):
         raise data.Mistake(f"--damage {args.damage}: give noise:LAYER or prune:LAYER:SHARE")
-    methods, rates = with_peft(args.methods.split(",")), args.learning_rates.split(",")
+    methods = with_peft(args.methods.split(","))
+    rates = args.learning_rates.split(",")
     seeds = range(args.seed, args.seed + args.seeds)
 
     def plan(name, rate, seed):
-        """(folder, argv of train_further); Mistake for what train.py refuses, and for another finished run there."""
+        """(folder, argv of train_further): other flags, another folder. Mistake for what train.py refuses."""
         method, _, rank = name.partition(":")
-        folder = Path(args.out, "-".join([name, rate or "recipe", args.damage or "whole", str(seed)]).replace(":", "_"))
         words = ["--stage", "2", *rest, "--method", "lora" if method in RIVALS else method, "--seed", seed]
-        words += ["--out", folder, "--resume"] + (["--learning_rate", rate] if rate else [])
+        words += ["--learning_rate", rate] if rate else []
         words += ["--lora_rank", rank, "--lora_alpha", 2 * int(rank)] if rank else []
         words = [str(word).replace("{seed}", str(seed)) for word in words]
-        train.parse_arguments(words)
-        return folder, [args.damage, method if method in RIVALS else "", *words]
+        words = [args.damage, method if method in RIVALS else "", *words]
+        folder = Path(args.out, f"{name}-{seed}-{zlib.crc32(shlex.join(words).encode()):08x}".replace(":", "-"))
+        words += ["--out", str(folder), "--resume"]
+        train.parse_arguments(words[2:])
+        return folder, words
 
     def run(name, rate, seed):
         folder, words = plan(name, rate, seed)
@@ -1683,13 +1676,11 @@ def compare(argv):
                                   env={"OMP_NUM_THREADS": "1", **os.environ})  # fmt: skip
             if not ranks.is_file():
                 raise data.Mistake(f"{shlex.join(words)}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
-        there = json.loads(ranks.read_text())
-        if there["argv"] != words:
-            raise data.Mistake(f"--out {args.out}: {folder.name} holds a run of other flags; name another folder")
         result = data.read_json(folder / "log.jsonl")[-1]["result"]
-        losses = f"validation {result['held_out_loss']:.4f}  test {result['test_loss']['all']:.4f}"
-        print(f"{name:14} seed {seed}  {losses}", flush=True)
-        return result | there
+        if "test_loss" not in result:
+            raise data.Mistake("--questions: give held-out questions, which the methods are compared on")
+        print(f"{name:14} seed {seed}  test {result['test_loss']['all']:.4f}", flush=True)
+        return result | {"ranks": json.loads(ranks.read_text())}
 
     for job in product(methods, rates, seeds):  # a misspelt flag is found before the first run
         plan(*job)
@@ -1698,6 +1689,8 @@ def compare(argv):
         best = {name: min(rates, key=lambda rate: tried[name, rate].result()["held_out_loss"]) for name in methods}
         jobs = list(product(methods, seeds))
         results = dict(zip(jobs, pool.map(lambda job: run(job[0], best[job[0]], job[1]), jobs)))
+    signs = np.random.default_rng(0).choice((1, -1), (65536, args.seeds))
+    signs = np.array(list(product((1, -1), repeat=args.seeds))) if args.seeds <= 16 else signs
     print(f"{'':14}{'parameters':>11}{'test loss':>19}{'difference ± 2 standard errors':>34}{'p':>7}{'accuracy':>10}")
     for name in methods:
         own = [results[name, seed] for seed in seeds]
@@ -1707,7 +1700,9 @@ def compare(argv):
         line = f"{name:14}{max(r['parameters'] for r in own):11,}{losses.mean():10.4f} ± {losses.std():.4f}"
         if name != methods[0] and len(gap) > 1:
             error = gap.std(ddof=1) / math.sqrt(len(gap))
-            line += f"{gap.mean():+22.1f} % ± {2 * error:5.1f}  {sign_flip_p(gap):7.3f}"
+            # p of the sign-flip test: how many of all signs, or of 65,536 drawn ones, give as large a sum
+            p = (abs(signs @ gap) >= abs(gap.sum()) - 1e-12).mean()
+            line += f"{gap.mean():+22.1f} % ± {2 * error:5.1f}  {p:7.3f}"
         print(f"{line:85}{np.mean([r['accuracy']['all'] for r in own]):10.3f}  {gap.round(1).tolist()}")
     print(f"{'ranks at the end, mean':24}" + "".join(f"{name.split('.')[1][:-5]:>7}" for name in hydra.PROJECTIONS))
     for name in methods:
@@ -1726,19 +1721,18 @@ def with_peft(methods):
 
 def test_compare_runs_all_methods_in_pairs(world, stage1):
     pytest.importorskip("peft")
-    words = flags(world, stage1, stage=None, out=stage1 / "compare", learning_rate=None)
-    words += ["--methods", "aligned,hydra,lora:1,full,eva,adalora", "--seeds", 2, "--damage", "noise:1"]
-    output = command(HERE / "test_hydra.py", "compare", *words)
-    assert output.count("  <- noise:1\n") == 6 and output.count(" % ± ") == 5
-    results = sorted((stage1 / "compare").glob("*/log.jsonl"))
-    times = [path.stat().st_mtime_ns for path in results]
-    command(HERE / "test_hydra.py", "compare", *words)
-    assert len(times) == 12 and times == [path.stat().st_mtime_ns for path in results]  # nothing is run again
+    words = flags(world, stage1, stage=None, out=stage1 / "compare", learning_rate=None, max_steps=6)
+    words += ["--seeds", 2, "--damage", "noise:1", "--methods"]
+    first = command(HERE / "test_hydra.py", "compare", *words, "aligned,hydra,eva,adalora")
+    times = [path.stat().st_mtime_ns for path in (stage1 / "compare").glob("aligned*/log.jsonl")]
+    second = command(HERE / "test_hydra.py", "compare", *words, "aligned,full,lora:1")
+    assert first.count("  <- noise:1\n") == 4 and second.count(" % ± ") == 2
+    assert times == [path.stat().st_mtime_ns for path in (stage1 / "compare").glob("aligned*/log.jsonl")]
     for changed, message in (
-        (["--max_steps", 7], "holds a run of other flags"), (["--methods", "hidra"], "invalid choice: 'hidra'"),
-        (["--damage", "noise"], "give noise:LAYER"), (["--damage", "noise:9"], "layers are 0 to 1"),
+        (["--methods", "hidra"], "invalid choice: 'hidra'"), (["--damage", "noise"], "give noise:LAYER"),
+        (["--damage", "noise:9"], "layers are 0 to 1"), (["--max_stepz", 7], "unrecognized arguments: --max_stepz"),
     ):  # fmt: skip
-        assert message in command(HERE / "test_hydra.py", "compare", *words, *changed, code=2)
+        assert message in command(HERE / "test_hydra.py", "compare", *words, "aligned", *changed, code=2)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1752,61 +1746,50 @@ def test_compare_runs_all_methods_in_pairs(world, stage1):
 #   proj, projNAMES  q and k of every layer, or the projections of these names (projvo, projdown, projqgate) need eight
 #   mixed            q, k, v, o of layer 1, down of layer 2, gate of layer 3 need eight
 #   mixed2           gate, up of layer 0, q, down of layer 2, v, o of layer 3 need eight
-# Methods: aligned (fixed ranks), oracle (the ranks that the true singular values give), RIVALS, and train.py's.
-
-class Student(torch.nn.Module):
-    def __init__(self, llm):
-        super().__init__()
-        self.llm = llm
-
-    def forward(self, ids):
-        hidden = self.llm.model(ids, use_cache=False).last_hidden_state
-        return F.log_softmax(self.llm.lm_head(hidden), -1)
-
-
-def in_need(world):
-    """Regular expression of the modules, written layer.projection, that need components; Mistake if there is no such world."""
-    worlds = {"flat2": ".", "layer": "1", "proj": ".*[qk]_", "mixed": r"1.*[qkvo]_|2.*down|3.*gate",
-              "mixed2": r"0.*(gate|up)|2.*(q_|down)|3.*[vo]_"}  # fmt: skip
-    found = re.fullmatch("layer([0-3])|proj((?:gate|up|down|[qkvo])+)", world)
-    if not found and world not in worlds:
-        raise data.Mistake(f"{world}: no world of the laboratory; they are listed above it in {__file__}")
-    return worlds[world] if not found else found[1] or f".*({'|'.join(re.findall('gate|up|down|[qkvo]', found[2]))})_"
-
+# Methods: aligned (fixed ranks), oracle (ranks by the true singular values), RIVALS, and train.py's.
 
 def lab_world(world, seed):
     """(student, teacher, true singular values of each module's update)"""
+    # regular expressions of the modules in need, written layer.projection
+    worlds = {"flat2": ".", "layer": "1", "proj": ".*[qk]_", "mixed": r"1.*[qkvo]_|2.*down|3.*gate",
+              "mixed2": r"0.*(gate|up)|2.*(q_|down)|3.*[vo]_"}  # fmt: skip
+    smooth = re.fullmatch(r"flat|power(\d+\.?\d*)", world)
+    named = re.fullmatch("layer([0-3])|proj((?:gate|up|down|[qkvo])+)", world)
+    if not (world in worlds or smooth or named):
+        raise data.Mistake(f"{world}: no world of the laboratory; {__file__} lists them above its lab_world")
+    if named:
+        worlds[world] = named[1] or f".*({'|'.join(re.findall('gate|up|down|[qkvo]', named[2]))})_"
     torch.manual_seed(1000 + seed)
     shape = dict(vocab_size=96, hidden_size=48, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
     student = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.14))
     teacher, truth = copy.deepcopy(student), []
     noise, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    smooth = re.fullmatch(r"flat|power(\d+\.?\d*)", world)
     for i, layer in enumerate(teacher.model.layers):
         for name in hydra.PROJECTIONS:
             weight = layer.get_submodule(name).weight.data
             n = min(weight.shape)
+            s = torch.zeros(n)
             if smooth:
                 s = math.exp(float(smooth[1] or 0) * rng.normal()) / torch.arange(1, n + 1)
-            else:
-                s = torch.zeros(n)
-                if re.match(in_need(world), f"{i}.{name.split('.')[1]}"):
-                    s[: 2 if world == "flat2" else 8] = 0.5 if world == "flat2" else 1.0
+            elif re.match(worlds[world], f"{i}.{name.split('.')[1]}"):
+                s[: 2 if world == "flat2" else 8] = 0.5 if world == "flat2" else 1.0
             s = s * 0.5 * weight.norm() / math.sqrt(8)
             U, V = (torch.linalg.qr(torch.randn(size, n, generator=noise)).Q for size in weight.shape)
             weight += (U * s) @ V.T
             truth.append(s.numpy())
-    return student, teacher.requires_grad_(False).eval(), truth
+    return student.requires_grad_(False), teacher.requires_grad_(False).eval(), truth
 
 
 def lab_run(world, method, seed, steps=800, rank=2, rate=1e-2):
     """(held-out KL divergence, ranks at the end [4, 7], divergence before training)"""
     student, teacher, truth = lab_world(world, seed)
-    model = Student(student)
+
+    def model(ids):  # hydra asks of a model that it can be called, and for its .llm
+        return F.log_softmax(student(ids, use_cache=False).logits, -1)
+
+    model.llm = student
     torch.manual_seed(seed)
-    model.requires_grad_(False)
-    hydra.inject_adapters(model.llm, rank, 2.0, 0.0)
-    modules = list(hydra.adapters(model).values())
+    hydra.inject_adapters(student, rank, 2.0, 0.0)
     tokens = torch.Generator().manual_seed(seed + 5)
 
     def draw(n):
@@ -1817,45 +1800,42 @@ def lab_run(world, method, seed, steps=800, rank=2, rate=1e-2):
             target = F.log_softmax(teacher(ids).logits, -1)
         return F.kl_div(model(ids), target, log_target=True, reduction="sum") / ids.numel()
 
+    @torch.no_grad()
+    def measure(ids):
+        return float(divergence(ids))
+
     held_out, probe, first = draw(128), draw(64), [{"ids": draw(1)} for _ in range(64)]
-    with torch.no_grad():
-        start = float(divergence(held_out))
+    start = measure(held_out)
     hydra.align(model, first)
+    controller = hydra.RankController(model, rank, steps, seed, method)
     if method == "oracle":
-        costs, limits = np.array([m.cost for m in modules]), np.array([m.max_rank for m in modules])
-        budget, least = rank * int(costs.sum()), np.ones(len(modules), int)
-        ranks = hydra.fill(lambda i, k: truth[i][k - 1] ** 2 + 1e-9 / k, costs, budget, least, limits)
-        for module, r in zip(modules, ranks):
+        worth = lambda i, k: truth[i][k - 1] ** 2 + 1e-9 / k
+        plan = controller.costs.flatten(), controller.budget, np.ones(28, int), controller.limits
+        for module, r in zip(controller.modules, hydra.fill(worth, *plan)):
             module.resize(int(r))
     rival = use_peft(model, method, rank, 2.0, 0.0, steps, first) if method in RIVALS else None
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     if rival:
         optimizer.register_step_pre_hook(rival[0])
         optimizer.register_step_post_hook(rival[1])
-    fixed = method in ("aligned", "oracle", *RIVALS)
-    controller = None if fixed else hydra.RankController(model, rank, steps, seed, method)
+    events = () if method in ("aligned", "oracle", *RIVALS) else controller.event_steps
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 12, 0.5 * (1 + math.cos(math.pi * step / steps)))
         divergence(draw(16)).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if controller and step + 1 in controller.event_steps:
-            with torch.no_grad():
-                controller.event(step + 1, lambda: float(divergence(probe)), optimizer)
-    with torch.no_grad():
-        return float(divergence(held_out)), np.array(ranks_of(model.llm)), start
+        if step + 1 in events:
+            controller.event(step + 1, lambda: measure(probe), optimizer)
+    return measure(held_out), np.array(ranks_of(student)), start
 
 
 def lab(argv):
-    """lab WORLDS METHODS [SEEDS] [STEPS] [PICTURE]: held-out divergence and its differences from the first method's.
-
-    SEEDS is a number, or FIRST-LAST. PICTURE shows the first seed's ranks; those of oracle are the true needs.
-    """
-    worlds, methods, seeds, steps, picture = argv + ["", "", "4", "800", ""][len(argv) :]
+    """lab WORLDS METHODS [SEEDS, or FIRST-LAST] [STEPS]: held-out divergence; differences from the first method's."""
+    worlds, methods, seeds, steps = argv + ["flat", "aligned,hydra", "4", "800"][len(argv) :]
     first, _, last = seeds.partition("-")
     seeds = range(int(first), int(last) + 1) if last else range(int(first))
-    methods, panels = with_peft(methods.split(",")), []
+    methods = with_peft(methods.split(","))
     torch.set_num_threads(1)
     for world, method in product(worlds.split(","), methods):
         ends, ranks, starts = map(np.array, zip(*[lab_run(world, method, seed, int(steps)) for seed in seeds]))
@@ -1865,16 +1845,14 @@ def lab(argv):
         share = 100 * ((ends - base) / starts).mean()
         print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
               f"{share:+.2f} % of the start's {starts.mean():.3f}   {ranks[0].tolist()}", flush=True)  # fmt: skip
-        panels.append({"step": int(steps), "choice": f"{world}, {method}", "ranks": ranks[0].clip(1).tolist()})
-    if picture:
-        train.draw_ranks(panels, picture)
 
 
 def test_ranks_go_where_they_are_needed():
-    """Two worlds, two seeds: needed modules end above all others and the loss below fixed ranks; equal needs are left."""
+    """Needed modules end above all others, and the loss below fixed ranks'; equal needs are left."""
     for seed in (0, 1):
         loss, ranks, _ = lab_run("layer", "hydra", seed, steps=400)
-        assert ranks[1].min() > np.delete(ranks, 1, 0).max() and loss < 0.9 * lab_run("layer", "aligned", seed, steps=400)[0]
+        assert ranks[1].min() > np.delete(ranks, 1, 0).max()
+        assert loss < 0.9 * lab_run("layer", "aligned", seed, steps=400)[0]
         assert (lab_run("flat", "hydra", seed, steps=200)[1] == 2).all()
 
 
@@ -1886,21 +1864,16 @@ def test_rivals_learn_within_the_budget(method):
 
 
 # ------------------------------------------------------------------------------------------
-# models of true shapes with random weights
+# memory: of a training step, without weights and without a GPU; speed: of its parts
 
-CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
-                  image_size=336, patch_size=14)  # fmt: skip
-SHAPES = {  # of CLIP and the LLM
-    "tiny": (dict(hidden_size=96, intermediate_size=192, num_attention_heads=4, num_hidden_layers=3, image_size=48,
-                  patch_size=8),
-             dict(hidden_size=128, intermediate_size=352, num_attention_heads=4, num_hidden_layers=4, vocab_size=544,
-                  max_position_embeddings=512)),
-    "1.7b": (CLIP_LARGE, dict(hidden_size=2048, intermediate_size=5632, num_attention_heads=16, num_hidden_layers=24)),
-    "3b": (CLIP_LARGE, dict(hidden_size=2560, intermediate_size=6912, num_attention_heads=32, num_hidden_layers=32)),
-    "bench": (dict(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_hidden_layers=6, image_size=168,
-                   patch_size=14),
-              dict(hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_hidden_layers=6)),
-}  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPES = {  # SIZES of CLIP with its images' and patches' side, of the LLM with its vocabulary and context
+    "tiny": ((96, 192, 3, 4, 48, 8), (128, 352, 4, 4, 544, 512)),
+    "bench": ((384, 1536, 6, 6, 168, 14), (512, 1376, 6, 8, 32000, 2048)),
+    "1.7b": ((1024, 4096, 24, 16, 336, 14), (2048, 5632, 24, 16, 32000, 2048)),
+    "3b": ((1024, 4096, 24, 16, 336, 14), (2560, 6912, 32, 32, 32000, 2048)),
+}
+BENCH = "--model bench --lora_rank 32 --lora_alpha 64 --lora_dropout 0.05".split()
 
 
 @contextmanager
@@ -1911,7 +1884,8 @@ def random_weights(name, dtype=None, tokenizer=None):
 
     def load(source, vision_tower, projector, asked):
         torch.manual_seed(0)
-        vision, llm = CLIPVisionConfig(**SHAPES[name][0]), LlamaConfig(**SHAPES[name][1])
+        vision = CLIPVisionConfig(**dict(zip((*SIZES, "image_size", "patch_size"), SHAPES[name][0])))
+        llm = LlamaConfig(**dict(zip((*SIZES, "vocab_size", "max_position_embeddings"), SHAPES[name][1])))
         clip = hydra.CLIPEncoder(CLIPVisionModel._from_config(vision, dtype=dtype or asked))
         projector = hydra.build_projector("ldpnet", vision.hidden_size, llm.hidden_size)
         llm = LlamaForCausalLM._from_config(llm, dtype=dtype or asked)
@@ -1923,7 +1897,7 @@ def random_weights(name, dtype=None, tokenizer=None):
 
 
 def train_step(model, optimizer, batches, autocast=nullcontext, lap=lambda part: None):
-    """What train.py's loop does in a step of these batches, but for the gradients' norm; lap(part) at the end of each."""
+    """What train.py's loop does in a step of these batches, but for the gradients' norm; lap(part) where one ends."""
     for batch in batches:
         with autocast():
             loss, _ = model(**batch)
@@ -1935,12 +1909,8 @@ def train_step(model, optimizer, batches, autocast=nullcontext, lap=lambda part:
     lap("optimizer")
 
 
-# ------------------------------------------------------------------------------------------
-# memory: of a training step, without weights and without a GPU
-
-
 class Memory(TorchDispatchMode):
-    """Counts the bytes of all storages, by kind, as they are made and freed; .peak holds them when their sum was largest."""
+    """Counts the bytes of all storages, by kind, as they come and go; .peak holds them when their sum was largest."""
 
     def __init__(self):
         super().__init__()
@@ -1962,15 +1932,11 @@ class Memory(TorchDispatchMode):
         kind, size = self.storages.pop(key)
         self.now[kind] -= size
 
-    def kept(self):
-        """In here what autograd saves for the backward pass is told from what is temporary."""
-
-        def keep(tensor):
-            if self.storages.get(tensor.untyped_storage()._cdata, ("",))[0] == "temporary":
-                self.label([tensor], "kept")
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    def keep(self, tensor):
+        """Autograd saves it for the backward pass."""
+        if self.storages.get(tensor.untyped_storage()._cdata, ("",))[0] == "temporary":
+            self.label([tensor], "kept")
+        return tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -2002,12 +1968,10 @@ def count_step(model, batches, as_on_gpu):
     memory.label([moment for state in optimizer.state.values() for moment in state.values()], "AdamW")
     hooks = [p.register_post_accumulate_grad_hook(lambda p: memory.label([p.grad], "gradients")) for p in trained]
     norm = F.layer_norm
-
-    def norm_in_fp32(x, shape, weight, bias, eps):
-        return norm(x.float(), shape, weight.float(), bias.float(), eps)
-
+    in_fp32 = lambda x, shape, weight, bias, eps: norm(x.float(), shape, weight.float(), bias.float(), eps)
     half = (lambda: torch.autocast("cpu", torch.bfloat16)) if as_on_gpu else nullcontext
-    with patch.object(F, "layer_norm", norm_in_fp32 if as_on_gpu else norm), memory.kept(), memory:
+    saved = torch.autograd.graph.saved_tensors_hooks(memory.keep, lambda tensor: tensor)
+    with patch.object(F, "layer_norm", in_fp32 if as_on_gpu else norm), saved, memory:
         train_step(model.train(), optimizer, batches, half)
     for hook in hooks:
         hook.remove()
@@ -2017,8 +1981,7 @@ def count_step(model, batches, as_on_gpu):
 def fake_model(config, dtype=None):
     """(FakeTensorMode, train.py's model as tensors without content); frozen weights are bf16 unless dtype is given."""
     dtype = dtype or (torch.float32 if config.method == "full" else torch.bfloat16)
-    # fake tensors cannot be moved, and need not
-    as_it_is = patch.object(torch.nn.Module, "_apply", lambda module, _: module)
+    as_it_is = patch.object(torch.nn.Module, "_apply", lambda module, _: module)  # no fake tensor can be moved
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, random_weights(config.model, dtype), as_it_is:
         return mode, train.build_model(config, torch.device("cpu"))[0]
 
@@ -2037,8 +2000,8 @@ def memory(argv):
     """Table of a step's peak in GB of 10^9 bytes, by part: for the usual, the mean and the longest batch of a GPU."""
     plans = [["1"], ["2"], ["2", "--method", "full"]]
     plans = [argv] if "--stage" in argv else [["--stage", *plan, *argv] for plan in plans]
-    print(f"{'':24}{'batch':>12}{'parts':>7}{'weights':>9}{'AdamW':>8}{'gradients':>11}{'kept':>8}{'temporary':>11}"
-          f"{'peak':>8}{'--gradient_checkpointing':>26}")  # fmt: skip
+    columns = [*Memory().now, "peak", "--gradient_checkpointing"]
+    print(f"{'':24}{'batch':>12}{'parts':>7}  " + "  ".join(columns))
     for words in plans:
         config = train.parse_arguments(words)
         if config.stage not in (1, 2):
@@ -2052,16 +2015,14 @@ def memory(argv):
             length = min(model.image_tokens + text, model.context_length)
             parts = math.ceil(rows / max(1, config.max_tokens_per_pass // length))
             peak, low = [count_step(its, fake_batches(mode, its, config, rows, length), True) for mode, its in both]
-            line = f"{name:24}{f'{rows} x {length}':>12}{parts:7}"
-            for size, width in zip([*peak.values(), sum(peak.values())], (9, 8, 11, 8, 11, 8)):
-                line += f"{size / 1e9:{width}.2f}"
-            print(f"{line}{sum(low.values()) / 1e9:26.2f}", flush=True)
+            sizes = [*peak.values(), sum(peak.values()), sum(low.values())]
+            cells = "".join(f"{size / 1e9:{2 + len(column)}.2f}" for column, size in zip(columns, sizes))
+            print(f"{name:24}{f'{rows} x {length}':>12}{parts:7}{cells}", flush=True)
 
 
 @pytest.mark.parametrize("words", ["1", "2", "2 --gradient_checkpointing", "2 --method full"])
 def test_memory_counted_is_memory_used(words):
-    flags = ["--model", "bench", "--max_tokens_per_pass", "800", "--stage", *words.split()]
-    config = train.parse_arguments([*flags, "--lora_rank", "32", "--lora_alpha", "64", "--lora_dropout", "0.05"])
+    config = train.parse_arguments([*BENCH, "--max_tokens_per_pass", "800", "--stage", *words.split()])
     mode, model = fake_model(config, torch.float32)
     counted = count_step(model, fake_batches(mode, model, config, 5, 300), as_on_gpu=False)
     with random_weights("bench"):
@@ -2074,13 +2035,10 @@ def test_memory_counted_is_memory_used(words):
     assert min(counted.values()) >= 0 and counted["kept"] > 0
 
 
-# ------------------------------------------------------------------------------------------
-# speed: of the parts of a step
-
-
 def speed(argv):
     """Median seconds of the parts of a step of one pass, of both stages: random weights, the toy world's records."""
-    device, laps = train.set_up_processes(), []  # (part, when it ended)
+    device = train.set_up_processes()
+    laps = []  # (part, when it ended)
 
     def lap(part):
         if device.type == "cuda":
@@ -2116,83 +2074,27 @@ def speed(argv):
 
 def test_speed_prints_seconds():
     output = command(HERE / "test_hydra.py", "speed")
-    assert len(re.findall(r"tokens/s;  reading 0.\d+ s  forward 0.\d+ s  backward 0.\d+ s  optimizer 0.\d+ s", output)) == 2
-    assert re.search(r"rank event \d+\.\d+ s", output)
+    parts = re.findall(r"  ([a-z ]+) \d+\.\d+ s", output)
+    assert parts == 2 * ["reading", "forward", "backward", "optimizer"] + ["rank event"]
 
 
 # ------------------------------------------------------------------------------------------
 # bench: our step beside the usual one, each in a process of its own
 
 
-def random_samples(count, stage, seed=0):
-    """Samples of random ids: captions of about 25 tokens; or answers, median 150, log-normal, after 30 of a question."""
-    rng, samples = np.random.default_rng(seed), []
-    question, median, spread = (1, 25, 0.25) if stage == 1 else (30, 150, 0.9)
+def random_samples(count, stage):
+    """Of random ids: stage 1 captions of about 25 tokens; stage 2 answers, median 150, log-normal, after 30 tokens."""
+    rng, samples = np.random.default_rng(0), []
+    question, median, spread = (1, 25, 0.25) if stage == "1" else (30, 150, 0.9)
     for _ in range(count):
         answer = int(np.clip(rng.lognormal(math.log(median), spread), 4, 1200))
         ids = rng.integers(3, 32000, question + answer).tolist()
-        pixels = None
-        if stage == 1 or rng.random() < 0.94:
-            pixels = torch.from_numpy(rng.normal(size=(3, 168, 168)).astype(np.float32))
+        pixels = torch.randn(3, 168, 168) if stage == "1" or rng.random() < 0.94 else None
+        if pixels is not None:
             ids.insert(1, data.IMAGE_TOKEN)
         labels = [data.IGNORE] * (len(ids) - answer) + ids[-answer:]
         samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
     return samples
-
-
-def our_step(stage):
-    """What train.py does."""
-    words = ["--model", "bench", "--method", "lora", "--lora_rank", "32", "--lora_alpha", "64", "--lora_dropout", "0.05"]
-    config = train.parse_arguments(["--stage", str(stage), *words])
-    with random_weights("bench"):
-        model = train.build_model(config, torch.device("cpu"))[0].train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    return lambda samples: train_step(
-        model, optimizer, data.passes(samples, config.max_tokens_per_pass, model.image_tokens)
-    )
-
-
-def usual_step(stage):
-    """transformers and PEFT as they are mostly used."""
-    import peft
-
-    with random_weights("bench"):
-        model = train.build_model(train.parse_arguments(["--stage", "1", "--model", "bench"]), torch.device("cpu"))[0]
-    clip, projector, llm = model.clip.clip, model.projector, model.llm
-    if stage == 2:
-        names = [name.split(".")[1] for name in hydra.PROJECTIONS]
-        llm = peft.get_peft_model(llm, peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=names))
-    trained = [p for part in (projector, llm) for p in part.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    llm.train()
-    pad = torch.nn.utils.rnn.pad_sequence
-
-    def step(samples):
-        pixels = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
-        with torch.no_grad():
-            features = clip(torch.stack(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
-        images, rows, labels = iter(projector(features)), [], []
-        for s in samples:
-            row = llm.get_input_embeddings()(torch.tensor(s["input_ids"]).clamp(min=0))
-            targets = torch.tensor(s["labels"])
-            if s["pixel_values"] is not None:
-                image = next(images)
-                row = torch.cat([row[:1], image, row[2:]])
-                targets = torch.cat([targets[:1], torch.full((len(image),), data.IGNORE), targets[2:]])
-            rows.append(row)
-            labels.append(targets)
-        mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-        labels = pad(labels, batch_first=True, padding_value=data.IGNORE)
-        llm(inputs_embeds=pad(rows, batch_first=True), attention_mask=mask, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def peak_memory():
-    """GB that this process held at most; getrusage would count its parent's."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6
 
 
 def peak_of_tensors(function):
@@ -2204,17 +2106,43 @@ def peak_of_tensors(function):
 
 
 def bench_step(stage, side):
-    """Prints samples/s and peaks in GB: of the process, of it beyond what the built model takes, of a step's tensors."""
-    __import__("peft")  # on both sides, for its memory
+    """Prints samples/s and peaks in GB: of the process, of it beyond what the built model takes, of a step's tensors.
+
+    ours     as train.py: batches of one modality and similar length, in passes
+    usual    transformers and PEFT as they are mostly used: random batches, all logits; images are spliced in as ours
+    """
+    import peft  # on both sides, for its memory
+
     torch.set_num_threads(2)
-    samples = random_samples(192 if stage == 1 else 64, stage)
-    if side == "ours":  # of similar length and one modality, as train.py batches them; usual: at random
-        texts = [{"conversations": [{"value": "x" * len(sample["labels"])}]} for sample in samples]
-        records = [text if s["pixel_values"] is None else text | {"image": ""} for text, s in zip(texts, samples)]
-        order, step = data.global_batches(records, 8, 0, 0), our_step(stage)
-    else:
+    config = train.parse_arguments([*BENCH, "--stage", stage if side == "ours" else "1"])
+    samples = random_samples(192 if stage == "1" else 64, stage)
+    with random_weights("bench"):
+        model = train.build_model(config, torch.device("cpu"))[0].train()
+    llm = model.llm
+    if side == "usual":
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).view(-1, 8).tolist()
-        step = usual_step(stage)
+        clip = model.clip.clip
+        model.clip.forward = torch.no_grad()(lambda x: clip(x, output_hidden_states=True).hidden_states[-2][:, 1:])
+        if stage == "2":
+            names = [name.split(".")[1] for name in hydra.PROJECTIONS]
+            lora = peft.LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=names)
+            llm = peft.get_peft_model(llm, lora)
+    else:
+        records = [{"conversations": [{"value": "x" * len(sample["labels"])}]} for sample in samples]
+        records = [r if s["pixel_values"] is None else r | {"image": ""} for r, s in zip(records, samples)]
+        order = data.global_batches(records, 8, 0, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=side == "ours")
+
+    def step(batch):
+        if side == "ours":
+            return train_step(model, optimizer, data.passes(batch, config.max_tokens_per_pass, model.image_tokens))
+        embeddings, mask, labels = model.splice(**data.collate(batch))
+        llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # getrusage would count the parent's
+    peak_memory = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     built = peak_memory()
     batches = [[samples[i] for i in batch] for batch in order]
     step(batches[0])
@@ -2226,15 +2154,13 @@ def bench_step(stage, side):
     print(json.dumps([len(samples) / seconds, peak, peak - built, peak_of_tensors(lambda: step(longest))]))
 
 
-def in_turns(ours, usual, times=5):
-    """Median seconds of each, run in turns."""
-    seconds = [[], []]
-    for _ in range(times):
-        for side, function in zip(seconds, (ours, usual)):
-            started = time.perf_counter()
-            function()
-            side.append(time.perf_counter() - started)
-    return map(np.median, seconds)
+def in_turns(*functions):
+    """Median seconds of each in five runs, in turns."""
+    ends = [time.perf_counter()]
+    for function in functions * 5:
+        function()
+        ends.append(time.perf_counter())
+    return np.median(np.diff(ends).reshape(5, -1), 0)
 
 
 def bench_images():
@@ -2242,6 +2168,7 @@ def bench_images():
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     torch.set_num_threads(1)
+    mean = tuple(int(255 * channel) for channel in data.CLIP_MEAN)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{i}.jpg" for i in range(32)]
@@ -2253,27 +2180,22 @@ def bench_images():
             return [data.image_to_tensor(data.open_image(folder, file), 336, "pad") for file in files]
 
         def usual():
-            tensors = []
-            for file in files:
-                image = Image.open(f"{folder}/{file}").convert("RGB")
-                square = Image.new("RGB", (640, 640), tuple(int(255 * channel) for channel in data.CLIP_MEAN))
-                square.paste(image, (0, 80))
-                tensors.append(processor(square, return_tensors="pt")["pixel_values"][0])
-            return tensors
+            images = [Image.open(f"{folder}/{file}").convert("RGB") for file in files]
+            squares = [ImageOps.pad(image, (640, 640), color=mean) for image in images]
+            return [processor(square, return_tensors="pt")["pixel_values"][0] for square in squares]
 
         a, b = in_turns(ours, usual)
         apart = max((x - y).abs().max().item() for x, y in zip(ours(), usual())) * 255 * max(data.CLIP_STD)
-    print(f"images    {'images/s, 1 core':>18}{32 / a:10.1f}{32 / b:10.1f}{b / a:8.2f}   at most {apart:.1f} / 255 apart")
+    print(f"images    {'images/s, 1 core':>18}{32 / a:10.1f}{32 / b:10.1f}{b / a:8.2f}   at most {apart:.1f} / 255 off")
 
 
 def bench_adapter():
     """Forward and backward of one adapter, 2048 -> 5632, r = 128, dropout 0.05, 4,096 tokens; usual: PEFT's Linear."""
-    from peft import LoraConfig
-    from peft.tuners.lora.layer import Linear
+    import peft
 
     torch.set_num_threads(2)
     base, options = torch.nn.Linear(2048, 5632, bias=False), dict(r=128, lora_alpha=256, lora_dropout=0.05)
-    usual = Linear(base, "default", LoraConfig(**options), **options).train()
+    usual = peft.tuners.lora.layer.Linear(base, "default", peft.LoraConfig(**options), **options).train()
     ours = hydra.HybridLoRALinear(base, 128, scale=2.0).train()
     x, g = torch.randn(4096, 2048, requires_grad=True), torch.randn(4096, 5632)
 
@@ -2281,7 +2203,7 @@ def bench_adapter():
         """MB that the forward pass keeps for the backward pass, its input and not its weights counted."""
         memory = Memory()
         memory.label([x], "temporary")
-        with memory.kept(), memory:
+        with torch.autograd.graph.saved_tensors_hooks(memory.keep, lambda tensor: tensor), memory:
             y = module(x)  # as long as it lives its graph does
             return memory.now["kept"] / 1e6
 
@@ -2293,16 +2215,15 @@ def bench_adapter():
 def bench(argv):
     """Ours beside the usual way; steps each in a process of its own, twice, in turns."""
     if argv:
-        return bench_step(int(argv[0]), argv[1])
+        return bench_step(*argv)
     print(f"{'':10}{'':>18}{'ours':>10}{'usual':>10}{'ratio':>8}")
     bench_images()
     bench_adapter()
-    for stage in (2, 1):
+    for stage in "21":
         runs = {"ours": [], "usual": []}
-        for _ in range(2):
-            for side in runs:
-                words = [sys.executable, __file__, "bench", str(stage), side]
-                runs[side].append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+        for side in 2 * ["ours", "usual"]:
+            words = [sys.executable, __file__, "bench", stage, side]
+            runs[side].append(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout))
         ours, usual = (np.mean(runs[side], axis=0) for side in runs)
         for name, a, b in zip(("samples/s", "GB of the process", "GB beyond weights", "GB of tensors"), ours, usual):
             print(f"stage {stage}   {name:>18}{a:10.2f}{b:10.2f}{a / b:8.2f}", flush=True)
