@@ -24,7 +24,6 @@ rows of A start along their input's principal directions. The model is MobileVLM
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -134,11 +133,9 @@ class LDPNet(nn.Module):
     # module names follow upstream's checkpoint keys: index 0 was an Identity there, too
     def __init__(self, clip_width, llm_width):
         super().__init__()
-        into, out = nn.Linear(clip_width, llm_width), nn.Linear(llm_width, llm_width)
-        self.model = nn.ModuleDict({
-            "mlp": nn.Sequential(nn.Identity(), into, nn.GELU(), out),
-            "mb_block": nn.Sequential(nn.Identity(), MobileBlock(llm_width, 1), MobileBlock(llm_width, 2)),
-        })  # fmt: skip
+        mlp = nn.Sequential(nn.Identity(), nn.Linear(clip_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        blocks = nn.Sequential(nn.Identity(), MobileBlock(llm_width, 1), MobileBlock(llm_width, 2))
+        self.model = nn.ModuleDict({"mlp": mlp, "mb_block": blocks})
 
     def forward(self, features):
         x = self.model["mlp"](features)  # [B, P, C] -> [B, P, D]
@@ -226,9 +223,9 @@ class HybridLoRALinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.directions = None  # [k, in]: the input's principal directions, each as long as it is strong; see align
-        weight = base.weight
-        self.lora_A = nn.Parameter(weight.new_zeros(0, base.in_features, dtype=torch.float32))  # [r, in]
-        self.lora_B = nn.Parameter(weight.new_zeros(base.out_features, 0, dtype=torch.float32))  # [out, r]
+        zeros = partial(torch.zeros, dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(zeros(0, base.in_features))  # [r, in]
+        self.lora_B = nn.Parameter(zeros(base.out_features, 0))  # [out, r]
         self.resize(coarse_rank, fine_rank)
 
     @property
@@ -257,14 +254,18 @@ class HybridLoRALinear(nn.Module):
         """The dense update [out, in] that the adapter stands for."""
         return self.scale * self.lora_B @ self.lora_A
 
+    def by_strength(self):
+        """Numbers of the components [r], those first that add most to the weights."""
+        return (self.lora_A.norm(dim=1) * self.lora_B.norm(dim=0)).argsort(descending=True, stable=True)
+
     def new_rows(self, count, present, generator=None):
         """Rows of A [count, in] to add to those present [r, in]: the input's strongest directions outside their span.
 
         Those have length 1. Without directions, or beyond them, rows are uniform as LoRA's (Kaiming, a = √5).
         """
         bound = 1 / math.sqrt(self.base.in_features)
-        new = torch.empty(count, self.base.in_features)  # on the CPU: the same numbers on every device
-        new = new.uniform_(-bound, bound, generator=generator).to(present.device)
+        new = torch.empty(count, self.base.in_features).uniform_(-bound, bound, generator=generator)
+        new = new.to(present.device)  # drawn on the CPU: the same numbers on every device
         if self.directions is not None and count:
             basis = torch.linalg.qr(present.T).Q  # [in, r]
             outside = self.directions - self.directions @ basis @ basis.T
@@ -273,24 +274,24 @@ class HybridLoRALinear(nn.Module):
         return new
 
     @torch.no_grad()
-    def resize(self, coarse_rank, fine_rank=0, importance=None, optimizer=None, generator=None):
+    def resize(self, coarse_rank, fine_rank=0, optimizer=None, generator=None):
         """Change the rank; returns the indices of the components kept, which come first and in order.
 
-        Growing leaves the function as it is: new columns of B are zero. Shrinking drops the components of least
-        importance [r] (without it: of least norm). A and B are new objects, which take the old ones' place in the
-        optimizer, Adam: kept components keep their moments; a new one starts with first moment 0 and the mean second
-        moment of its neighbours, since with 0 there its first steps would be far larger than theirs.
+        Growing leaves the function as it is: new columns of B are zero. Shrinking drops the weakest components. A and B
+        are new objects, which take the old ones' place in the optimizer, Adam: kept components keep their moments; a
+        new one starts with first moment 0 and the mean second moment of its neighbours, since with 0 there its first
+        steps would be far larger than theirs.
         """
         rank = coarse_rank + fine_rank
         if not 1 <= rank <= self.max_rank:
             shape = f"{self.base.in_features} -> {self.base.out_features}"
             raise Mistake(f"rank {rank} for a linear of {shape}: use 1 to {self.max_rank}")
-        A, B = self.lora_A, self.lora_B
-        if importance is None:
-            importance = A.norm(dim=1) * B.norm(dim=0)
-        kept = importance.argsort(descending=True, stable=True)[:rank].sort().values.to(A.device)
+        A = self.lora_A
+        B = self.lora_B
+        kept = self.by_strength()[:rank].sort().values
         added = rank - len(kept)
-        self.coarse_rank, self.fine_rank = coarse_rank, fine_rank
+        self.coarse_rank = coarse_rank
+        self.fine_rank = fine_rank
         self.lora_A = nn.Parameter(torch.cat([A[kept], self.new_rows(added, A[kept], generator)]))
         self.lora_B = nn.Parameter(F.pad(B[:, kept], (0, added)))
         if optimizer is not None:
@@ -382,8 +383,11 @@ class HydraVLM(nn.Module):
 
     def __init__(self, clip, projector, llm, origin=None, stage=0):
         super().__init__()
-        self.clip, self.projector, self.llm = clip, projector, llm
-        self.origin, self.stage = origin, stage
+        self.clip = clip
+        self.projector = projector
+        self.llm = llm
+        self.origin = origin
+        self.stage = stage
         vision = clip.clip.config
         self.image_size = vision.image_size
         self.patches = (vision.image_size // vision.patch_size) ** 2
@@ -442,7 +446,7 @@ class HydraVLM(nn.Module):
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each gives its gradient at once; in bf16 the sum, too, is bf16: only the log sees it
+        if torch.is_grad_enabled():  # each gives its gradient at once; on a GPU the sum is in bf16: only the log sees it
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -472,68 +476,63 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-NOISE = 0.6  # standard deviation of log worths where all modules need the same: measured where that is known
-DOUBT = 2.0  # a component not yet there counts as so many times less than promised, until one has been judged
+NOISE = 0.6  # standard deviation of log needs where all modules need the same: measured where that is known
 
 
 @torch.no_grad()
 def look(modules, measure):
-    """(loss, spectra, importance) from one run over the probe records, which measure() is.
+    """(loss, spectra) from one run over the probe records, which measure() is; the same on all processes.
 
     Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs, scale · B · Σ^½
-    with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖². Importance [r]: the same of each component alone.
+    with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖².
     """
     zeros = partial(torch.zeros, dtype=torch.float64)  # a process may have no probe records
-    sums = {module: [zeros(module.rank, module.rank), zeros(())] for module in modules}
+    sums = {module: (zeros(module.rank, module.rank), zeros(())) for module in modules}
 
     def watch(module, args, y):
         with torch.autocast(y.device.type, enabled=False):
             h = args[0].flatten(0, -2).float() @ module.lora_A.T  # [n, r]
             base = y.flatten(0, -2).float() - module.scale * h @ module.lora_B.T
-            sums[module][0] += (h.T @ h).double().cpu()
-            sums[module][1] += base.square().sum().double().cpu()
+            sums[module][0].add_((h.T @ h).double().cpu())
+            sums[module][1].add_(base.square().sum().double().cpu())
 
     hooks = [module.register_forward_hook(watch) for module in modules]
-    loss = measure()
+    found = [measure(), []]
     for hook in hooks:
         hook.remove()
-    spectra, importance = [], []
-    for module, (gram, energy) in sums.items() if math.isfinite(loss) else ():
+    for module, (gram, energy) in sums.items() if math.isfinite(found[0]) else ():
         if dist.is_initialized():
             dist.all_reduce(gram)
             dist.all_reduce(energy)
-        B = module.scale * module.lora_B.double().cpu() / energy.sqrt()
         values, vectors = torch.linalg.eigh(gram)
-        spectra.append(torch.linalg.svdvals(B @ (vectors * values.clamp(min=0).sqrt())).numpy() + 1e-12)
-        importance.append(B.norm(dim=0) * gram.diagonal().sqrt())
-    return loss, spectra, importance
+        outputs = module.scale * module.lora_B.double().cpu() @ (vectors * values.clamp(min=0).sqrt())  # [out, r]
+        found[1].append((torch.linalg.svdvals(outputs) / energy.sqrt() + 1e-12).numpy())
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found
 
 
-def coarse_and_fine(log_worth):
-    """What of log worths [L, 7] equal needs do not explain: (coarse [L, 1], fine [L, 7], spread of each).
+def coarse_and_fine(log_need):
+    """What of log needs [L, 7] equal needs do not explain: (coarse [L, 1], fine [L, 7], spread of each).
 
     Coarse is a layer's deviation from the mean, fine a projection's from its layer. Each is kept by the share of its
     variance that noise does not give, too (empirical Bayes on two levels): where needs are equal nothing is left.
     """
-    layers, width = log_worth.shape
-    layer = log_worth.mean(1, keepdims=True)
-    coarse, fine = layer - layer.mean(), log_worth - layer
+    layers, width = log_need.shape
+    layer = log_need.mean(1, keepdims=True)
+    coarse = layer - layer.mean()
+    fine = log_need - layer
     spread = math.sqrt((coarse**2).sum() / max(layers - 1, 1)), math.sqrt((fine**2).sum() / (layers * (width - 1)))
-    by_noise = NOISE / math.sqrt(width), NOISE
-    kept = [max(0.0, 1 - (noise / max(there, 1e-9)) ** 2) for noise, there in zip(by_noise, spread)]
+    noise = NOISE / math.sqrt(width), NOISE
+    kept = [max(0.0, 1 - (equal / max(there, 1e-9)) ** 2) for equal, there in zip(noise, spread)]
     return kept[0] * coarse, kept[1] * fine, spread
 
 
-def lasting(now, before):
-    """Of two deviations of one sign the smaller, else 0: what has passed since the last look moves no rank."""
-    return np.where(now * before > 0, np.sign(now) * np.minimum(abs(now), abs(before)), 0.0)
-
-
-def fill(worth, costs, budget, least, most):
-    """Whole ranks, from `least` on: one by one the component of most worth(module, number) per parameter that fits."""
-    ranks = least.copy()
-    left = budget - int((ranks * costs).sum())
-    value = np.array([worth(i, k + 1) / cost for i, (k, cost) in enumerate(zip(ranks, costs))])
+def fill(worth, costs, budget, most):
+    """Ranks from 1 on: one by one the component of most worth(module, number) per parameter that fits the budget."""
+    ranks = np.ones(len(costs), int)
+    left = budget - int(costs.sum())
+    value = np.array([worth(i, 2) for i in range(len(costs))]) / costs
     while (fits := (ranks < most) & (costs <= left)).any():
         i = int(np.where(fits, value, -1.0).argmax())
         ranks[i] += 1
@@ -545,150 +544,135 @@ def fill(worth, costs, budget, least, most):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    A component is worth its squared singular value; number k > r, which is not there, what the spectrum promises beyond
-    its end, σ_r² · r(r + 1) / k(k + 1). The budget is filled by worth per parameter, greedily. The performance model
-    turns such a plan into a change of loss: `price`, loss per worth, is fitted to what masking components costs on the
-    probe records, `yields` to what grown ones brought of what they promised. It has to consent before a move, and a
-    move that brought less than it cost is taken back at the next event.
+    A component is worth its squared singular value. A spectrum is taken to fall as need / k(k + 1): what is there
+    tells the need, and what number k > r would be worth. The performance model turns worth into loss: its price, loss
+    per worth, is fitted to what masking components costs on the probe records; its share, to what added components
+    brought of what was promised. It has to consent before a move; a move that did harm is taken back.
 
-    method "hydra"; for comparison "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
-    latter the layer's part alone), "random" (once).
+    method "hydra"; to compare "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
+    latter the layers' part alone), "random" (once).
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; at the first there is only a look
-    REACH = 2.0  # in one event a rank may at most double or halve
-    STATE = ("previous", "pending", "probes", "yields", "history")
+    STATE = ("last", "pending", "probes", "judged", "history")
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
         self.modules = list(adapters(model).values())
         self.costs = np.array([module.cost for module in self.modules]).reshape(-1, len(PROJECTIONS))
-        self.limits = np.array([module.max_rank for module in self.modules])
-        self.budget, self.seed, self.method = rank * int(self.costs.sum()), seed, method
+        self.budget = rank * int(self.costs.sum())
+        self.seed = seed
+        self.method = method
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
-        self.previous = self.pending = None  # needs at the last look; the move that is to be judged
-        self.probes, self.yields = [], []  # [worth masked, components masked, change of loss]; [loss promised, brought]
+        self.last = None  # log needs at the last look
+        self.pending = None  # the move to be judged: [components added, loss promised, loss that dropping cost]
+        self.probes = []  # [worth masked, components masked, rise of the loss]
+        self.judged = []  # [loss promised, brought]
         self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().tolist()}]
 
     def state_dict(self):
         return {key: getattr(self, key) for key in self.STATE}
 
     def load_state_dict(self, state):
-        vars(self).update({key: state[key] for key in self.STATE})
+        vars(self).update(state)
 
     def ranks(self):
-        """[layers, projections]"""
         return np.array([module.rank for module in self.modules]).reshape(self.costs.shape)
-
-    def parameters_used(self):
-        return int((self.ranks() * self.costs).sum())
-
-    def checksum(self):
-        """Of all that has to be the same on every process."""
-        return hashlib.sha256(json.dumps([self.ranks().tolist(), self.state_dict()]).encode()).hexdigest()
 
     def event(self, step, measure, optimizer):
         """One rank event; returns its log entry. measure() is the loss on the probe records, equal on all processes."""
         before = self.ranks()
-        loss, spectra, importance = look(self.modules, measure)
+        loss, spectra = look(self.modules, measure)
         entry = {"step": step, "probe_loss": loss, "choice": "stay", "ranks_before": before.tolist()}
         if math.isfinite(loss):
-            spectra, importance = from_first([spectra, importance])
-            ranks, found = self.decide(step, before.flatten(), loss, spectra, importance, measure)
-            entry |= found
-            mean = np.rint((ranks.reshape(before.shape) * self.costs).sum(1) / self.costs.sum(1)).astype(int).clip(1)
-            for i, (module, rank) in enumerate(zip(self.modules, ranks.tolist())):
+            ranks = self.decide(step, before.flatten(), loss, spectra, measure, entry).reshape(before.shape)
+            coarse = np.rint((ranks * self.costs).sum(1) / self.costs.sum(1)).astype(int)  # a layer's mean rank
+            coarse = coarse.repeat(len(PROJECTIONS)).tolist()
+            for module, rank, layer in zip(self.modules, ranks.flatten().tolist(), coarse):
                 if rank != module.rank:
-                    layer = int(mean[i // len(PROJECTIONS)])  # coarse: the layer's mean rank
                     generator = torch.Generator().manual_seed(self.seed + step)
-                    module.resize(layer, rank - layer, importance[i], optimizer, generator)
-        entry |= {"ranks": self.ranks().tolist(), "parameters": self.parameters_used(), "budget": self.budget}
+                    module.resize(layer, rank - layer, optimizer, generator)
+        ranks = self.ranks()
+        entry |= {"ranks": ranks.tolist(), "parameters": int((ranks * self.costs).sum()), "budget": self.budget}
         self.history.append(entry)
         return entry
 
-    def decide(self, step, before, loss, spectra, importance, measure):
-        """(ranks [L · 7], what of the decision belongs in the log)"""
-        costs, random = self.costs.flatten(), np.random.default_rng((self.seed, step))
-        need = np.array([math.log(s[-1] ** 2 * r * (r + 1)) for s, r in zip(spectra, before)])
-        at_rank = np.log(before * (before + 1.0) * costs)  # need less this: log worth per parameter of the last component
-        looks = [need, need if self.previous is None else np.array(self.previous)]
-        now, last = (coarse_and_fine((then - at_rank).reshape(self.costs.shape)) for then in looks)
-        coarse, fine = lasting(now[0], last[0]), lasting(now[1], last[1])
-        fine *= self.method != "coarse"
-        self.previous = need.tolist()
-        found = {"coarse": coarse.flatten().tolist(), "fine": fine.tolist(), "spread": list(now[2])}
+    def decide(self, step, before, loss, spectra, measure, entry):
+        """Ranks [L · 7]; what they rest on goes into the entry."""
+        costs = self.costs.flatten()
+        law = before * (before + 1.0)
+        equal = np.log(law * costs)  # log needs with which last components are equally worth per parameter
+        need = np.log([spectrum[-1] ** 2 for spectrum in spectra] * law)
+        last = need if self.last is None else np.array(self.last)
+        self.last = need.tolist()
+        *now, entry["spread"] = coarse_and_fine((need - equal).reshape(self.costs.shape))
+        *then, _ = coarse_and_fine((last - equal).reshape(self.costs.shape))
+        # what has passed since the last look moves no rank: of two deviations of one sign the smaller, else 0
+        coarse, fine = (new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in zip(now, then))
+        entry |= {"coarse": coarse.flatten().tolist(), "fine": fine.tolist()}
         if step == self.event_steps[0]:
-            return before, found | {"choice": "look"}
-        if self.pending:  # judge the last move by what its new components are worth now
-            kept, promised, cost = self.pending
-            brought = self.loss_without({i: range(k, r) for i, (k, r) in enumerate(zip(kept, before))}, measure) - loss
-            self.yields.append([promised, brought])
+            entry["choice"] = "look"
+            return before
+        if self.pending:  # judge the last move by the loss without what it added
+            added, promised, cost = self.pending
             self.pending = None
-            found |= {"realised_gain": brought - cost, "promised": promised}
-            if brought < cost and self.method == "hydra":
-                return np.array(self.history[-1]["ranks_before"]).flatten(), found | {"choice": "undo"}
-        gain = 1 / DOUBT
-        if self.yields:
-            promised, brought = np.array(self.yields).sum(0)
-            gain = float(np.clip(brought / max(promised, 1e-12), 0, 4))
-        level = np.exp((need - at_rank).mean() + (coarse + fine).flatten() + at_rank - need)  # of shrunk to measured worth
-        growth = np.exp(np.maximum(need - looks[1], 0))  # what still grows is not dropped for being late
+            brought = self.rise_without(added, loss, measure)
+            self.judged.append([promised, brought])
+            entry |= {"promised": promised, "realised_gain": brought - cost}
+            if brought < 0:
+                entry["choice"] = "undo"
+                return np.array(self.history[-1]["ranks_before"]).flatten()
+        if self.method == "hydra" and step > self.event_steps[2] and not self.judged:
+            return before  # too late for a first move: what turns out to do harm could not be made good
+        promised, brought = np.sum(self.judged or [[1, 1]], axis=0)
+        share = float(np.clip(brought / promised, 0, 4))
+        fine = 0 * fine if self.method == "coarse" else fine
+        if self.method == "random":
+            fine = np.random.default_rng(self.seed).normal(size=fine.shape)
+        settled = (need - equal).mean() + (coarse + fine).flatten() + equal  # log needs [L · 7]
 
         def worth(i, k):
-            s, r = spectra[i], before[i]
-            return level[i] * (s[k - 1] ** 2 * growth[i] if k <= r else gain * s[-1] ** 2 * r * (r + 1) / (k * (k + 1)))
+            if k <= before[i]:
+                return spectra[i][k - 1] ** 2 * math.exp(settled[i] - need[i])
+            return share * math.exp(settled[i]) / (k * (k + 1))
 
-        if self.method == "random":
-            drawn = random.lognormal(0, 1, len(before))
-            level, gain = drawn * costs / np.array([s[-1] ** 2 for s in spectra]), 1.0
-        least = np.maximum(1, np.ceil(before / self.REACH)).astype(int)
-        most = np.minimum(self.limits, np.floor(before * self.REACH)).astype(int)
-        ranks = fill(worth, costs, self.budget, least, most)
-        dropped = {i: importance[i].argsort()[: before[i] - ranks[i]].tolist() for i in np.flatnonzero(ranks < before)}
-        grown = {i: importance[i].argsort()[:1].tolist() for i in np.flatnonzero(ranks > before)}
-        if not grown or not dropped or self.method not in ("hydra", "dynamic"):
-            return ranks, found | {"choice": "move" if grown or dropped else "stay"}
-        for masked in (dropped, grown):  # what is to go, and the weakest of what is to grow
-            taken = sum(float((spectra[i][-len(which) :] ** 2).sum()) for i, which in masked.items())
-            number = sum(map(len, masked.values()))
-            self.probes.append([taken, number, self.loss_without(masked, measure) - loss])
+        most = np.minimum(2 * before, [module.max_rank for module in self.modules])
+        ranks = fill(worth, costs, self.budget, most)
+        entry["choice"] = "stay" if (ranks == before).all() else "move"
+        if entry["choice"] == "stay" or self.method not in ("hydra", "dynamic"):
+            return ranks
+        grown = np.maximum(ranks - before, 0)
+        for masked in (np.maximum(before - ranks, 0), grown > 0):  # what is to go, and the weakest of what is to grow
+            taken = sum((spectrum[len(spectrum) - n :] ** 2).sum() for spectrum, n in zip(spectra, masked))
+            self.probes.append([float(taken), int(masked.sum()), self.rise_without(masked, loss, measure)])
+        cost = max(self.probes[-2][2], 0.0)  # that masking helps is chance
         price, error = self.fit(0)
-        taken, _, cost = self.probes[-2]
-        promised = price * float(sum(
-            level[i] * spectra[i][-1] ** 2 * before[i] * (before[i] + 1) * (1 / (before[i] + 1) - 1 / (ranks[i] + 1)) for i in grown
-        ))  # fmt: skip
-        found |= {"predicted_gain": gain * promised - price * taken, "error": error, "error_without_signals": self.fit(1)[1]}
-        knows = error < found["error_without_signals"] and found["predicted_gain"] > max(cost - price * taken, 0.0)
-        if self.method == "hydra" and not knows:
-            return before, found | {"choice": "abstain"}
-        self.pending = [np.minimum(before, ranks).tolist(), promised, cost]
-        return ranks, found | {"choice": "move"}
+        _, blind = self.fit(1)
+        promised = price * float((np.exp(settled) * (1 / (before + 1) - 1 / (before + grown + 1))).sum())
+        entry |= {"predicted_gain": share * promised - cost, "error": error, "error_without_signals": blind}
+        if self.method == "hydra" and not (error < blind and share * promised > cost):
+            entry["choice"] = "abstain"
+            return before
+        self.pending = [grown.tolist(), promised, cost]
+        return ranks
 
     def fit(self, column):
-        """(loss per unit of worth (column 0) or per component (1), error at probes left out, as a standard log ratio)."""
+        """(loss per worth (column 0) or component (1), error at probes left out, as a standard log ratio)."""
         x, y = np.array(self.probes)[:, [column, 2]].T
-        log = np.log(np.maximum(y, 1e-3 * y.max() + 1e-12) / x)  # costs span decades: a ratio is what can be predicted
+        log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
         left_out = (log - log.mean()) * len(log) / (len(log) - 1)
         return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))
 
     @torch.no_grad()
-    def loss_without(self, components, measure):
-        """Loss on the probe records while the components {module's number: indices} are masked."""
-        saved = {i: self.modules[i].lora_B.clone() for i in components}
-        for i, indices in components.items():
-            self.modules[i].lora_B[:, list(indices)] = 0
-        loss = measure()
-        for i, B in saved.items():
-            self.modules[i].lora_B.copy_(B)
-        return loss
-
-
-def from_first(value):
-    """Process 0's value, on every process."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+    def rise_without(self, counts, loss, measure):
+        """What the probe loss rises by while so many [L · 7] of each adapter's weakest components are masked."""
+        saved = [module.lora_B.clone() for module in self.modules]
+        for module, count in zip(self.modules, counts):
+            module.lora_B[:, module.by_strength()[module.rank - int(count) :]] = 0
+        rise = measure() - loss
+        for module, B in zip(self.modules, saved):
+            module.lora_B.copy_(B)
+        return rise
 
 
 # ------------------------------------------------------------------------------------------
@@ -718,7 +702,8 @@ def open_folder(name):
                 if any(folder.glob(weights)):
                     break
         except Exception as error:  # the hub raises many kinds
-            raise Mistake(f"{name}: neither a folder nor reachable on the hub: download it, or give a folder") from error
+            advice = "download it, or give a folder"
+            raise Mistake(f"{name}: neither a folder nor reachable on the hub: {advice}") from error
     with reading(folder / "config.json"):
         config = dict(json.loads((folder / "config.json").read_bytes()))
     if config.get("quantization_config"):
@@ -734,16 +719,13 @@ def require(file, config, wanted):
 
 
 def read_weights(path):
-    """{name: tensor} of a .safetensors or .bin file, or of a folder's, sharded or not; mapped, not yet in memory."""
-    kinds = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-    file = next((kind for kind in kinds if kind.is_file() or Path(f"{kind}.index.json").is_file()), path)
-    if file.is_dir():
-        raise Mistake(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor the index of either")
-    index = Path(f"{file}.index.json")
-    files, weights = [file], {}
-    if index.is_file():
-        with reading(index):
-            files = [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    """{name: tensor} of a .safetensors or .bin file, or of those in a folder; mapped, not yet in memory."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("model[.-]*safetensors")) or sorted(path.glob("pytorch_model[.-]*bin"))
+    if not files:
+        raise Mistake(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor parts of either")
+    weights = {}
     for file in files:
         with reading(file):
             if file.suffix == ".safetensors":
@@ -752,6 +734,14 @@ def read_weights(path):
                 read = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             weights |= {key: tensor for key, tensor in read.get("state_dict", read).items() if torch.is_tensor(tensor)}
     return {key: tensor for key, tensor in weights.items() if not re.search(COMPUTED, key)}
+
+
+def check_fit(own, there, source):
+    """Mistake that names a tensor unless two {name: tensor} are of the same names and shapes."""
+    for key in own | there:
+        expected, found = (list(tensors[key].shape) if key in tensors else "absent" for tensors in (own, there))
+        if found != expected:
+            raise Mistake(f"{source}: does not fit: {key} is {found} in it, {expected} here")
 
 
 def build(loader, config, weights, dtype, source):
@@ -775,9 +765,10 @@ def load_clip(name, dtype=torch.float32, weights=None):
         with reading(file):
             steps = dict(json.loads(file.read_bytes()))
         ours = {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3}
-        require(file, steps, {key: value for key, value in ours.items() if key in steps})
-    half = {key: tensor for key, tensor in (weights or read_weights(folder)).items() if not re.search(TEXT_HALF, key)}
-    return CLIPEncoder(build(CLIPVisionModel, config.get("vision_config", config), half, dtype, name))
+        require(file, ours | steps, ours)
+    weights = weights or read_weights(folder)
+    weights = {key: tensor for key, tensor in weights.items() if not re.search(TEXT_HALF, key)}
+    return CLIPEncoder(build(CLIPVisionModel, config.get("vision_config", config), weights, dtype, name))
 
 
 def load_llm(name, dtype=torch.float32, weights=None):
@@ -790,8 +781,9 @@ def load_llm(name, dtype=torch.float32, weights=None):
     llm = build(LlamaForCausalLM, config, weights or read_weights(folder), dtype, name)
     if rotary == "float16":
         llm.model.rotary_emb.register_forward_hook(lambda _, args, out: tuple(t.half().to(t.dtype) for t in out))
-    if max(tokenizer.get_vocab().values()) >= llm.config.vocab_size:
-        raise Mistake(f"{name}: a tokenizer of {len(tokenizer)} ids for a model of {llm.config.vocab_size}; copy its own")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= llm.config.vocab_size:
+        raise Mistake(f"{name}: a tokenizer with id {largest} for a model of {llm.config.vocab_size}; copy its own")
     # training takes these from the tokenizer: so do generation and what is exported, whatever other files say
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     llm.config.update(ids)
@@ -803,11 +795,7 @@ def load_projector(state, clip_width, llm_width, source):
     """The projector, of either kind, that this state {name: tensor} is of."""
     projectors = [build_projector(kind, clip_width, llm_width) for kind in PROJECTORS]
     projector = next((p for p in projectors if p.state_dict().keys() == state.keys()), projectors[0])
-    there, own = ({key: list(t.shape) for key, t in tensors.items()} for tensors in (state, projector.state_dict()))
-    for key in own | there:
-        if there.get(key) != own.get(key):
-            found, expected = there.get(key, "absent"), own.get(key, "absent")
-            raise Mistake(f"{source}: does not fit: {key} is {found} in it, {expected} here")
+    check_fit(projector.state_dict(), state, source)
     projector.load_state_dict(state)
     return projector
 
@@ -835,17 +823,14 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
             if Path(path).is_absolute() and not Path(path).is_dir():
                 raise Mistake(f"{file}: its {key} is not at {path}; write in where it is now, or give --vision_tower")
         model, tokenizer = load_checkpoint(*parts.values(), config["projector"], dtype)
-        if config["ranks"]:
-            inject_adapters(model.llm, 1, config["scale"], config["dropout"])
         restore(model, folder)
-        model.stage = config["stage"]
         return model.eval(), tokenizer
-    if kind not in ("llama", "mobilevlm"):
-        raise Mistake(f"{name_or_dir}: is neither a LLaMA, a MobileVLM nor a checkpoint of train.py, but {kind!r}")
     if kind == "mobilevlm":
         settings = [key for key in config if key.startswith(("mm_", "image_")) and key not in READ_ELSEWHERE]
         settings += [key for key in MOBILEVLM if key in config]
         require(file, config, {key: MOBILEVLM.get(key) for key in [*settings, "image_aspect_ratio"]})
+    elif kind != "llama":
+        raise Mistake(f"{name_or_dir}: is neither a LLaMA, a MobileVLM nor a checkpoint of train.py, but {kind!r}")
     tower, state, weights = {}, {}, {}
     for key, tensor in read_weights(folder).items():
         part = tower if key.startswith("model.vision_tower.") else state if ".mm_projector." in key else weights
@@ -857,14 +842,16 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
     llm, tokenizer = load_llm(name_or_dir, dtype, weights)
     clip = load_clip(vision_tower, dtype, tower)
     widths = clip.clip.config.hidden_size, llm.config.hidden_size
-    source = name_or_dir
-    if projector and Path(projector).is_file():
-        source = projector
+    is_file = projector and Path(projector).is_file()
+    is_trained = is_file or kind == "mobilevlm" and not projector
+    if is_file:
         state = {key.split("mm_projector.")[-1]: tensor for key, tensor in read_weights(Path(projector)).items()}
-    is_trained = source == projector or kind == "mobilevlm" and not projector
-    new = load_projector(state, *widths, source) if is_trained else build_projector(projector or "ldpnet", *widths)
-    if source != projector and is_trained:
-        require(file, {"mm_projector_type": new.kind} | config, {"mm_projector_type": new.kind})
+    if is_trained:
+        new = load_projector(state, *widths, projector or name_or_dir)
+    else:
+        new = build_projector(projector or "ldpnet", *widths)
+    if is_trained and not is_file and "mm_projector_type" in config:
+        require(file, config, {"mm_projector_type": new.kind})
     origin = {"model": name_or_dir, "vision_tower": vision_tower}
     # a checkpoint names its backbones; a folder's name must mean the same from everywhere
     origin = {key: str(Path(name).resolve() if Path(name).is_dir() else name) for key, name in origin.items()}
@@ -925,7 +912,6 @@ def fingerprint(clip, llm):
     return zlib.crc32(torch.cat([linear.weight[0].detach().bfloat16() for linear in linears]).view(torch.uint8).numpy())
 
 
-@torch.no_grad()
 def restore(model, folder):
     """Load a checkpoint's trained tensors, with its ranks, into a model of the same backbones."""
     config = read_config(folder)
@@ -933,20 +919,15 @@ def restore(model, folder):
     # fp16 rounds before bf16 does: then it cannot be told
     if model.llm.dtype != torch.float16 and config.get("fingerprint") != model.origin["fingerprint"]:
         raise Mistake(f"{folder}: was trained on another LLM or CLIP than {model.origin['model']}; {fits}")
-    modules = adapters(model)
-    for name, (coarse, fine) in config["ranks"].items():
-        if name not in modules:
-            raise Mistake(f"{folder}: has an adapter for {name}, which this model has not; {fits}")
-        modules[name].resize(coarse, fine)
-    freeze(model, config["stage"], config.get("method"))
+    if config["ranks"] and not adapters(model):
+        inject_adapters(model.llm, 1, config["scale"], config["dropout"])
+    for name, module in adapters(model).items():
+        module.resize(*config["ranks"].get(name, (1, 0)))
+    model.stage = config["stage"]
+    freeze(model, model.stage, config.get("method"))
     weights = read_weights(find_checkpoint(folder) / "model.safetensors")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            if name not in weights or weights[name].shape != p.shape:
-                raise Mistake(f"{folder}: its {name} is missing or of another shape; {fits}")
-            p.copy_(weights.pop(name))
-    if weights:
-        raise Mistake(f"{folder}: has {next(iter(weights))}, which this model has not; {fits}")
+    check_fit({name: p for name, p in model.named_parameters() if p.requires_grad}, weights, f"{folder} ({fits})")
+    model.load_state_dict(weights, strict=False)
 
 
 # ------------------------------------------------------------------------------------------
@@ -964,67 +945,79 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
         if others := sorted({path.name for path in to.iterdir()} - {*ours}):
             raise Mistake(f"{to}: holds {others[0]}, which no export wrote; name another folder")
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)  # in fp32: merged exactly, cast once
-    modules, base, cast = adapters(model), model.origin["model"], getattr(torch, dtype)
+    modules = adapters(model)
     if not model.stage or format == "peft" and not modules:
         part = "adapters" if model.stage else "trained projector"
         raise Mistake(f"{checkpoint}: has no {part}; give a run of train.py")
 
-    def state_of(module, prefix):
-        return {prefix + name: tensor.to(cast).contiguous() for name, tensor in module.state_dict().items()}
-
-    projector = state_of(model.projector, "model.mm_projector.")
     with whole(to) as folder:
         folder.mkdir()
-        if format != "mobilevlm":
-            torch.save(projector, folder / "mm_projector.bin")
         if format == "peft":
-            note = write_peft(folder, modules, base, cast, padded)
+            note = write_peft(folder, model, getattr(torch, dtype), padded)
         else:
-            for name, module in modules.items():
-                module.base.weight.data += module.delta()
-                model.llm.set_submodule(name, module.base)
-            note = f"LLM {'merged with its adapters ' if modules else ''}in {dtype}, projector and tokenizer"
-            source, config = open_folder(base)
-            ids = {key: getattr(model.llm.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-            config.pop("dtype", None)
-            if rope := config.get("rope_parameters"):  # as transformers 4 names them
-                config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
-            state = state_of(model.llm, "")
-            if format == "mobilevlm":
-                state |= projector | state_of(model.clip.clip, "model.vision_tower.vision_tower.vision_model.")
-                tower = Path(model.origin["vision_tower"])
-                config |= MOBILEVLM | {
-                    "model_type": "mobilevlm", "architectures": ["MobileLlamaForCausalLM"],
-                    "mm_projector_type": model.projector.kind, "mm_hidden_size": model.clip.clip.config.hidden_size,
-                    # a folder as seen from the export's parent, so that the two can be moved together
-                    "mm_vision_tower": os.path.relpath(tower, to.resolve().parent) if tower.is_dir() else str(tower),
-                    "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
-                    "rotary_dtype": model.llm.config.rotary_dtype,  # for load_llm alone
-                }  # fmt: skip
-            (folder / "config.json").write_text(json.dumps(config, indent=1))
-            torch.save(state, folder / "pytorch_model.bin")
-            for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
-                shutil.copyfile(file, folder / file.name)
-            # what stands beside a tokenizer.model, or is absent there: transformers 5 gives no BOS unless it is told to
-            settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
-            tokens = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-            file = folder / "tokenizer_config.json"
-            settings = json.loads(file.read_bytes()) if file.is_file() else settings | tokens
-            settings |= {"add_bos_token": True} if (folder / "tokenizer.model").is_file() else {}
-            file.write_text(json.dumps(settings, indent=1))
+            note = write_merged(folder, model, tokenizer, format, dtype, to)
+        if format != "mobilevlm":
+            projector = state_of(model.projector, getattr(torch, dtype), "model.mm_projector.")
+            torch.save(projector, folder / "mm_projector.bin")
         files = sorted([path.name for path in folder.iterdir()] + ["export.json"])
         (folder / "export.json").write_text(json.dumps({"checkpoint": str(checkpoint), "files": files}))
     print(f"wrote {to}: {note}")
 
 
-def write_peft(folder, modules, base, dtype, padded):
+def state_of(module, dtype, prefix=""):
+    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}
+
+
+def write_merged(folder, model, tokenizer, format, dtype, to):
+    """The LLM with its adapters merged, for "mobilevlm" with projector and CLIP; what it is, in words."""
+    modules = adapters(model)
+    for name, module in modules.items():
+        module.base.weight.data += module.delta()
+        model.llm.set_submodule(name, module.base)
+    source, config = open_folder(model.origin["model"])
+    ids = {key: getattr(model.llm.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config.pop("dtype", None)
+    if rope := config.get("rope_parameters"):  # as transformers 4 names them
+        scaling = None if rope["rope_type"] == "default" else rope
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    cast = partial(state_of, dtype=getattr(torch, dtype))
+    state = cast(model.llm)
+    if format == "mobilevlm":
+        state |= cast(model.projector, prefix="model.mm_projector.")
+        state |= cast(model.clip.clip, prefix="model.vision_tower.vision_tower.vision_model.")
+        tower = Path(model.origin["vision_tower"])
+        config |= MOBILEVLM | {
+            "model_type": "mobilevlm", "architectures": ["MobileLlamaForCausalLM"],
+            "mm_projector_type": model.projector.kind, "mm_hidden_size": model.clip.clip.config.hidden_size,
+            # a folder as seen from the export's parent, so that the two can be moved together
+            "mm_vision_tower": os.path.relpath(tower, to.resolve().parent) if tower.is_dir() else str(tower),
+            "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+            "rotary_dtype": model.llm.config.rotary_dtype,  # for load_llm alone
+        }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    torch.save(state, folder / "pytorch_model.bin")
+    for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
+        shutil.copyfile(file, folder / file.name)
+    file = folder / "tokenizer_config.json"
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True} | tokenizer.special_tokens_map
+    settings = json.loads(file.read_bytes()) if file.is_file() else settings
+    if (folder / "tokenizer.model").is_file():  # beside which transformers 5 gives no BOS unless it is told to
+        settings["add_bos_token"] = True
+    file.write_text(json.dumps(settings, indent=1))
+    return f"LLM {'merged with its adapters ' if modules else ''}in {dtype}, projector and tokenizer"
+
+
+def write_peft(folder, model, dtype, padded):
     """PEFT's two files and a README, whose first line is returned.
 
     padded: zeros bring every adapter to the largest rank, for tools that know one rank and one alpha.
     """
+    modules = adapters(model)
+    base = model.origin["model"]
     ranks = {name: module.rank for name, module in modules.items()}
-    largest, scale = max(ranks.values()), next(iter(modules.values())).scale
+    largest = max(ranks.values())
+    scale = next(iter(modules.values())).scale
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": largest, "lora_alpha": largest * scale, "lora_dropout": 0.0, "bias": "none", "target_modules": list(ranks),
@@ -1053,8 +1046,9 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
     picture = data.open_image(path.resolve().parent, image if "://" in image else path.resolve().name)
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    pixels, turns = data.image_to_tensor(picture, model.image_size, "pad")[None], []
-    for text in [prompt] if prompt is not None else iter(lambda: sys.stdin.readline(), ""):
+    pixels = data.image_to_tensor(picture, model.image_size, "pad")[None]
+    turns = []
+    for text in [prompt] if prompt is not None else iter(sys.stdin.readline, ""):
         data.check_text(text, "--prompt")
         turns.append({"from": "human", "value": "<image>\n" * (not turns) + text.strip()})
         input_ids, _ = data.encode_conversation(turns, tokenizer, "v1")
@@ -1070,22 +1064,21 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
 def main():
     parser = argparse.ArgumentParser(description="HyDRA: ask a checkpoint about an image, or export it")
     commands = parser.add_subparsers(dest="run", required=True)
-    for run, help in ((chat, "print the model's answers as they are generated"), (export, "write it for other tools")):
-        command = commands.add_parser(run.__name__, help=help)
+    ask = commands.add_parser("chat", help="print the model's answers as they are generated")
+    ask.add_argument("--image", required=True, help="picture to ask about")
+    ask.add_argument("--prompt", help="the question (default: questions are read from the terminal)")
+    ask.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    write = commands.add_parser("export", help="write a checkpoint for other tools")
+    write.add_argument("--format", required=True, choices=("peft", "mobilevlm", "hf"), help="adapters; all; merged LLM")
+    write.add_argument("--to", required=True, help="folder to write")
+    write.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights")
+    write.add_argument("--padded", action="store_true", help="peft: zeros up to one rank, for vLLM and llama.cpp")
+    write.add_argument("--force", action="store_true", help="replace what an export wrote to --to before")
+    for command in (ask, write):
         command.add_argument("checkpoint", help="folder that train.py wrote; chat: or a MobileVLM, folder or hub id")
         command.add_argument("--vision_tower", help="CLIP, where it is not the one that the checkpoint names")
-        command.set_defaults(run=run)
-    export_to, ask = command.add_argument, commands.choices["chat"].add_argument
-    ask("--image", required=True, help="picture to ask about")
-    ask("--prompt", help="the question (default: questions are read from the terminal)")
-    ask("--max_new_tokens", type=int, default=256, help="longest answer")
-    export_to("--format", required=True, choices=("peft", "mobilevlm", "hf"), help="adapters; all; the merged LLM")
-    export_to("--to", required=True, help="folder to write")
-    export_to("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights written")
-    export_to("--padded", action="store_true", help="peft: zeros up to one rank, for vLLM and llama.cpp")
-    export_to("--force", action="store_true", help="replace what an export wrote to --to before")
     options = vars(parser.parse_args())
-    options.pop("run")(**options)
+    {"chat": chat, "export": export}[options.pop("run")](**options)
 
 
 if __name__ == "__main__":

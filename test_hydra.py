@@ -302,8 +302,9 @@ def test_growth_keeps_the_function():
 @torch.no_grad()
 def test_shrinking_drops_the_least_important():
     adapter, _ = make_adapter()
+    adapter.lora_B *= torch.tensor([0.1, 5.0, 0.2, 3.0]) / (adapter.lora_A.norm(dim=1) * adapter.lora_B.norm(dim=0))
     A, B = adapter.lora_A.clone(), adapter.lora_B.clone()
-    kept = adapter.resize(3, -1, importance=torch.tensor([0.1, 5.0, 0.2, 3.0]))
+    kept = adapter.resize(3, -1)
     assert kept.tolist() == [1, 3]
     assert torch.equal(adapter.lora_A, A[[1, 3]]) and torch.equal(adapter.lora_B, B[:, [1, 3]])
 
@@ -369,7 +370,7 @@ def test_budget_is_never_passed_and_used_to_the_last_component():
         rank = rng.integers(1, 9)
         budget, limits = int(rank * costs.sum()), np.full(28, 16)
         needs = np.exp(rng.normal(0, 1, 28))
-        ranks = hydra.fill(lambda i, k: needs[i] / k**2, costs, budget, np.ones(28, int), limits)
+        ranks = hydra.fill(lambda i, k: needs[i] / k**2, costs, budget, limits)
         spare = budget - (ranks * costs).sum()
         assert 0 <= spare and ranks.min() >= 1 and ranks.max() <= 16
         assert not ((costs <= spare) & (ranks < limits)).any()
@@ -377,7 +378,7 @@ def test_budget_is_never_passed_and_used_to_the_last_component():
 
 def test_equal_needs_give_equal_ranks():
     costs = np.array([2, 2, 2, 2, 3, 3, 3] * 4)
-    ranks = hydra.fill(lambda i, k: costs[i] / k**2, costs, 4 * costs.sum(), np.ones(28, int), np.full(28, 16))
+    ranks = hydra.fill(lambda i, k: costs[i] / k**2, costs, 4 * costs.sum(), np.full(28, 16))
     assert (ranks == 4).all()
 
 
@@ -391,18 +392,15 @@ def test_noise_is_shrunk_away_and_needs_are_not():
     needs[:, 2] += 3  # a projection in every layer
     coarse, fine, _ = hydra.coarse_and_fine(needs)
     assert coarse.argmax() == 3 and coarse[3] > 3 and (fine.argmax(1) == 2).mean() > 0.9
-    assert (hydra.lasting(np.array([2.0, -1.0, 1.0]), np.array([1.0, -2.0, -1.0])) == [1.0, -1.0, 0.0]).all()
 
 
 @torch.no_grad()
 def test_spectrum_is_what_the_update_gives_for_real_inputs():
     adapter, x = make_adapter()
-    loss, (spectrum,), (importance,) = hydra.look([adapter], lambda: float(adapter(x).sum()))
+    loss, (spectrum,) = hydra.look([adapter], lambda: float(adapter(x).sum()))
     update, base = (x @ adapter.delta().T).flatten(0, 1), adapter.base(x).flatten(0, 1)
     base = base - adapter.base.bias if adapter.base.bias is not None else base
     assert np.allclose(spectrum, (torch.linalg.svdvals(update)[:4] / base.norm()).numpy(), rtol=1e-4)
-    one = adapter.scale * (x @ adapter.lora_A[:1].T @ adapter.lora_B[:, :1].T)
-    assert torch.allclose(importance[0].float(), one.norm() / base.norm(), rtol=1e-4)
 
 
 def test_rank_events_keep_the_invariants(world, tokenizer):
@@ -425,7 +423,7 @@ def test_rank_events_keep_the_invariants(world, tokenizer):
                 moved += entry["choice"] == "move"
                 assert entry["parameters"] == sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
                 json.dumps(entry), torch.save(controller.state_dict(), io.BytesIO())
-            assert 0 <= controller.budget - controller.parameters_used()
+            assert 0 <= controller.budget - (controller.ranks() * controller.costs).sum()
             assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
     assert moved and len(controller.history) == 6
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -946,7 +944,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(world, stage1, monkeypatch
 
 def test_ranks_that_differ_between_processes_stop_the_run(world, stage1, monkeypatch):
     gather = train.gather
-    monkeypatch.setattr(train, "gather", lambda values: [*gather(values), *["another"] * (len(values) == 1 and len(str(values[0])) == 64)])
+    monkeypatch.setattr(train, "gather", lambda values: [*gather(values), *["another"] * (len(values) == 1 and "probes" in str(values[0]))])
     with pytest.raises(data.Mistake, match="step 1: ranks differ between processes"):
         run_here(monkeypatch, *flags(world, stage1, out=stage1 / "differ"))
 
@@ -1809,8 +1807,9 @@ def lab_run(world, method, seed, steps=800, rank=2, rate=1e-2):
     controller = hydra.RankController(model, rank, steps, seed, method)
     if method == "oracle":
         worth = lambda i, k: truth[i][k - 1] ** 2 + 1e-9 / k
-        plan = controller.costs.flatten(), controller.budget, np.ones(28, int), controller.limits
-        for module, r in zip(controller.modules, hydra.fill(worth, *plan)):
+        limits = np.array([module.max_rank for module in controller.modules])
+        ranks = hydra.fill(worth, controller.costs.flatten(), controller.budget, limits)
+        for module, r in zip(controller.modules, ranks):
             module.resize(int(r))
     rival = use_peft(model, method, rank, 2.0, 0.0, steps, first) if method in RIVALS else None
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)

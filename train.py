@@ -586,7 +586,7 @@ def run(config):
         if controller and done in controller.event_steps:
             since = time.time()
             entry = controller.event(done, partial(held_out_loss, model, probe), optimizer)
-            if len(set(gather([controller.checksum()]))) > 1:
+            if len(set(gather([json.dumps(controller.state_dict())]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; continue from the last checkpoint with --resume")
             ddp = wrap()  # DDP holds the parameters that it was given
             seconds_of_events += time.time() - since
@@ -753,8 +753,8 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         lines += [f"{kind:14}{value:8.2f}{blind[kind]:10.2f}" for kind, value in after["accuracy"].items()]
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if controller:  # the most that there were
-        most = max(int((entry["ranks"] * controller.costs).sum()) for entry in controller.history)
-        parameters += most - controller.parameters_used()
+        used = [int((entry["ranks"] * controller.costs).sum()) for entry in controller.history]
+        parameters += max(used) - used[-1]
         if dist.get_rank() == 0:
             draw_ranks(controller.history, Path(config.out, "ranks.png"))
     versions = {"parameters": parameters, "device": str(model.llm.device), "torch": torch.__version__}
