@@ -476,7 +476,9 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-NOISE = 0.6  # standard deviation of log needs where all modules need the same: measured where that is known
+# both measured where it is known what is needed
+NOISE = 0.6  # standard deviation of log needs where all modules need the same
+LEAST = 0.01  # share of the loss that a move has to promise: what promises less moves where needs are equal, too
 
 
 @torch.no_grad()
@@ -650,7 +652,7 @@ class RankController:
         _, blind = self.fit(1)
         promised = price * float((np.exp(settled) * (1 / (before + 1) - 1 / (before + grown + 1))).sum())
         entry |= {"predicted_gain": share * promised - cost, "error": error, "error_without_signals": blind}
-        if self.method == "hydra" and not (error < blind and share * promised > cost):
+        if self.method == "hydra" and not (error < blind and share * promised - cost > LEAST * loss):
             entry["choice"] = "abstain"
             return before
         self.pending = [grown.tolist(), promised, cost]

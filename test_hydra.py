@@ -1693,7 +1693,7 @@ def compare(argv):
     for name in methods:
         own = [results[name, seed] for seed in seeds]
         losses = np.array([result["test_loss"]["all"] for result in own])
-        base = losses if name == methods[0] else base
+        base = np.array([results[methods[0], seed]["test_loss"]["all"] for seed in seeds])
         gap = 100 * (losses / base - 1)
         line = f"{name:14}{max(r['parameters'] for r in own):11,}{losses.mean():10.4f} ± {losses.std():.4f}"
         if name != methods[0] and len(gap) > 1:
@@ -1837,10 +1837,10 @@ def lab(argv):
     torch.set_num_threads(1)
     for world, method in product(worlds.split(","), methods):
         ends, ranks, starts = map(np.array, zip(*[lab_run(world, method, seed, int(steps)) for seed in seeds]))
-        base = ends if method == methods[0] else base
-        gap = 100 * (ends / base - 1)
+        first_ends = ends if method == methods[0] else first_ends
+        gap = 100 * (ends / first_ends - 1)
         error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
-        share = 100 * ((ends - base) / starts).mean()
+        share = 100 * ((ends - first_ends) / starts).mean()
         print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
               f"{share:+.2f} % of the start's {starts.mean():.3f}   {ranks[0].tolist()}", flush=True)  # fmt: skip
 
