@@ -1831,16 +1831,17 @@ def lab_run(world, method, seed, steps=800, rank=2, rate=1e-2):
 def lab(argv):
     """lab WORLDS METHODS [SEEDS, or FIRST-LAST] [STEPS]: held-out divergence; differences from the first method's."""
     worlds, methods, seeds, steps = argv + ["flat", "aligned,hydra", "4", "800"][len(argv) :]
-    first, _, last = seeds.partition("-")
-    seeds = range(int(first), int(last) + 1) if last else range(int(first))
+    one, _, last = seeds.partition("-")
+    seeds = range(int(one), int(last) + 1) if last else range(int(one))
+    first = None  # divergences at the end of the first method
     methods = with_peft(methods.split(","))
     torch.set_num_threads(1)
     for world, method in product(worlds.split(","), methods):
         ends, ranks, starts = map(np.array, zip(*[lab_run(world, method, seed, int(steps)) for seed in seeds]))
-        first_ends = ends if method == methods[0] else first_ends
-        gap = 100 * (ends / first_ends - 1)
+        first = ends if method == methods[0] else first
+        gap = 100 * (ends / first - 1)
         error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
-        share = 100 * ((ends - first_ends) / starts).mean()
+        share = 100 * ((ends - first) / starts).mean()
         print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
               f"{share:+.2f} % of the start's {starts.mean():.3f}   {ranks[0].tolist()}", flush=True)  # fmt: skip
 
@@ -1848,9 +1849,10 @@ def lab(argv):
 def test_ranks_go_where_they_are_needed():
     """Needed modules end above all others, and the loss below fixed ranks'; equal needs are left."""
     for seed in (0, 1):
-        loss, ranks, _ = lab_run("layer", "hydra", seed, steps=400)
-        assert ranks[1].min() > np.delete(ranks, 1, 0).max()
-        assert loss < 0.9 * lab_run("layer", "aligned", seed, steps=400)[0]
+        loss, ranks, _ = lab_run("layer", "hydra", seed, steps=600)
+        pairs = np.sign(ranks[1][:, None] - np.delete(ranks, 1, 0).flatten())  # needed against not needed
+        assert pairs.mean() > 0.9 and ranks[1].mean() > 2 * np.delete(ranks, 1, 0).mean()
+        assert loss < 0.8 * lab_run("layer", "aligned", seed, steps=600)[0]
         assert (lab_run("flat", "hydra", seed, steps=200)[1] == 2).all()
 
 
