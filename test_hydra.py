@@ -1432,7 +1432,7 @@ def test_show_marks_what_is_masked_on_any_terminal(world, tmp_path):
     records = write(tmp_path / "records.json", [record(conversations=turns("<image>\nCafé?", "東京", "And?", "No"))])
     words = ["show", "--data", records, "--images", world / "images", "--tokenizer", world / "llm"]
     output = command(HERE / "data.py", *words, env={"PYTHONIOENCODING": "ascii"})
-    assert r"USER:][<image>][" in output and r"Caf\xe9? ASSISTANT:] \u6771\u4eac</s>[ USER: And?" in output
+    assert "[<image>]" in output and r"Caf\xe9? ASSISTANT:] \u6771\u4eac</s>[" in output
 
 
 # ---------------------------------------------------------------------------------------------
