@@ -161,17 +161,6 @@ def test_projector_matches_upstream(kind):
 
 
 @needs_reference
-def test_conversations_match_upstream():
-    _, tokenizer = hydra.load_checkpoint(REFERENCE / "golden" / "mobilevlm_mini" / "mobilevlm")
-    spaces = tokenizer(" Hello  world    wide", add_special_tokens=False).input_ids
-    assert spaces == [15043, 29871, 3186, 1678, 9377]  # SentencePiece's own; no conversation below has two spaces
-    for golden in json.loads((REFERENCE / "golden" / "conversations.json").read_text()):
-        input_ids, labels = data.encode_conversation(golden["conversations"], tokenizer, golden["kind"])
-        assert input_ids == golden["input_ids"]
-        assert labels == golden["labels"]
-
-
-@needs_reference
 @torch.no_grad()
 def test_checkpoint_matches_upstream():
     folder = REFERENCE / "golden" / "mobilevlm_mini"
@@ -192,6 +181,11 @@ def test_checkpoint_matches_upstream():
     assert torch.allclose(logits[-1], expected["last_logits"][0], atol=1e-4, rtol=0)
     loss, count = model(expected["input_ids"], None, pixels, expected["labels"])
     assert abs(loss / count - expected["loss"]) <= 1e-4
+    for golden in json.loads((REFERENCE / "golden" / "conversations.json").read_text()):
+        ids_and_labels = data.encode_conversation(golden["conversations"], tokenizer, golden["kind"])
+        assert ids_and_labels == (golden["input_ids"], golden["labels"])
+    spaces = tokenizer(" Hello  world    wide", add_special_tokens=False).input_ids
+    assert spaces == [15043, 29871, 3186, 1678, 9377]  # SentencePiece's own; no conversation above has two spaces
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,20 +211,13 @@ def test_answers_of_all_kinds(world, tokenizer, answer):
 
 
 def test_targets_are_the_answers_and_empty_turns_none(tokenizer):
-    conversation = turns("<image>\nIs it red?", "", "Or blue?", "Blue", "", "Yes")
+    conversation = turns("Is it red?\n<image>", "", "Or blue?", "Blue", "", "Yes")
     input_ids, labels = data.encode_conversation(conversation, tokenizer, "v1")
     assert all(label in (data.IGNORE, token) for token, label in zip(input_ids, labels))
     assert tokenizer.decode([label for label in labels if label != data.IGNORE]) == " Blue</s> Yes</s>"
     assert input_ids.count(data.IMAGE_TOKEN) == 1
     text = "Is it red? ASSISTANT:USER: Or blue? ASSISTANT: Blue</s> USER:ASSISTANT: Yes</s>"
     assert tokenizer.decode(input_ids[input_ids.index(data.IMAGE_TOKEN) + 1 :]).strip() == text
-
-
-def test_prompt_is_the_start_of_its_training_sample(tokenizer):
-    conversation = turns("What is it?\n<image>", "Red")
-    prompt, labels = data.encode_conversation(conversation[:1], tokenizer, "v1")
-    whole, _ = data.encode_conversation(conversation, tokenizer, "v1")
-    assert whole[: len(prompt)] == prompt and set(labels) == {data.IGNORE}
 
 
 def test_sampler_drops_nothing_and_groups():
@@ -272,6 +259,7 @@ def pictures(tmp_path_factory):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     photo.save(folder / "photo.jpg", exif=exif)
+    Image.fromarray(np.float32([[0, 0.5]])).save(folder / "float.tiff")
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("no picture")
     (folder / "cut.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:-900])
@@ -291,7 +279,7 @@ def test_pictures_of_all_kinds(pictures):
         except data.Mistake as error:
             assert str(path) in str(error) and "\n" not in str(error)
             broken.append(path.name)
-    assert broken == ["cut.jpg", "empty.jpg", "link.png", "loop.png", "text.jpg"]
+    assert broken == ["cut.jpg", "empty.jpg", "float.tiff", "link.png", "loop.png", "text.jpg"]
     assert data.open_image(pictures, "photo.jpg").size == (90, 60)  # upstream does not turn it, either
 
 
@@ -302,6 +290,7 @@ Image.new("1", (2000, 2000)).save(BOMB, "PNG")
 @pytest.mark.parametrize("name, message", [
     ("data:;base64," + base64.b64encode(BOMB.getvalue()).decode(), "4000000 pixels"),
     ("no.jpg", "no such image"),
+    ("float.tiff", "float.tiff: has 32 bits a pixel"),
     (".", "is a folder"),
     ("http://example.org/dot.png", "is an address"),
     ("../outside.png", "outside"),
@@ -321,9 +310,6 @@ def test_16_bits_a_pixel_are_scaled(tmp_path, name, mode):
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.frombytes(mode, (8, 8), grey.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(tmp_path / name)
     assert np.abs(np.asarray(data.open_image(tmp_path, name))[..., 0] - grey / 257.0).max() <= 1
-    Image.fromarray(np.float32([[0, 0.5]])).save(tmp_path / "float.tiff")
-    with pytest.raises(data.Mistake, match="float.tiff: has 32 bits a pixel"):
-        data.open_image(tmp_path, "float.tiff")
 
 
 @pytest.mark.parametrize("size", [(640, 480), (3000, 200), (200, 3001), (2900, 2800), (37, 900), (48, 48), (1, 1)])
@@ -685,17 +671,12 @@ def run(world, stage1, tmp_path, monkeypatch, capsys):
     return run
 
 
-def final_state(out):
-    folder = hydra.find_checkpoint(out)
-    return load_file(folder / "model.safetensors"), hydra.read_config(folder)
-
-
 def results(out):
     """What a run leaves, but for its speed: log, weights, ranks."""
-    state, config = final_state(out)
-    log = data.read_json(out / "log.jsonl")
+    folder, log = hydra.find_checkpoint(out), data.read_json(out / "log.jsonl")
     log = [{key: row[key] for key in row if key not in ("tokens_per_s", "result")} for row in log]
-    return log, {name: tensor.tolist() for name, tensor in state.items()}, config["ranks"]
+    weights = {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return log, weights, hydra.read_config(folder)["ranks"]
 
 
 def test_stages_leave_a_checkpoint_a_log_and_a_picture(stage2):
@@ -710,8 +691,7 @@ def test_stages_leave_a_checkpoint_a_log_and_a_picture(stage2):
 
 
 def test_gradient_does_not_depend_on_the_split(run, world, stage1, tokenizer):
-    """Processes × passes, whole or in parts, one of each row or of about three: after one step Adam's first moment is
-    a tenth of the gradient.
+    """Processes × passes, whole or in parts of a row or a few; Adam's first moment is a tenth of the first gradient.
 
     The global batch is incomplete, of images and text alone, so that some processes see no image.
     """
@@ -747,24 +727,13 @@ def test_two_processes_equal_one(run, stage1, stage2, two):
     for step in (9, 12):
         shutil.rmtree(moved / f"checkpoint-{step}")
     run(out=moved, resume=True)
-    one, config_one = final_state(stage2)
-    for other, config_other in map(final_state, (two, moved)):
-        assert config_one["ranks"] == config_other["ranks"]
-        for name in one:
-            assert torch.allclose(one[name], other[name], atol=2e-4), name
-    losses = [
-        [row[key] for row in results(out)[0] for key in ("held_out_loss", "probe_loss") if key in row]
-        for out in (stage2, two, moved)
-    ]
+    logs, weights, ranks = zip(*map(results, (stage2, two, moved)))
+    assert ranks[0] == ranks[1] == ranks[2]
+    for name, weight in weights[0].items():
+        assert all(np.allclose(other[name], weight, atol=2e-4) for other in weights), name
+    keys = ("held_out_loss", "probe_loss")
+    losses = [[row[key] for row in log for key in keys if key in row] for log in logs]
     assert len(losses[0]) >= 7 and np.allclose(losses, losses[0], rtol=1e-4)
-
-
-MOMENTS = {  # of the log, before and now
-    "a step": lambda out, before, now: now.count("\n") != before.count("\n"),
-    "a save": lambda out, before, now: any(out.glob("*.unfinished")),
-    "a rank event": lambda out, before, now: now.count('"choice"') > before.count('"choice"'),
-    "any time": lambda out, before, now: True,
-}
 
 
 @pytest.fixture(scope="session")
@@ -780,22 +749,28 @@ def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
     """HYDRA_KILLS=10 pytest -k killed: so many of each signal at random moments, each followed by a resume."""
     rng, out, (words, expected) = random.Random(int(number)), stage1 / f"killed-{number}", undisturbed
     words = [HERE / "train.py", *words, "--out", out, "--resume"]
+    moments = {  # of the log, before and now
+        "a step": lambda before, now: now.count("\n") != before.count("\n"),
+        "a save": lambda before, now: any(out.glob("*.unfinished")),
+        "a rank event": lambda before, now: now.count('"choice"') > before.count('"choice"'),
+        "any time": lambda before, now: True,
+    }
 
     def log():
         return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
 
     for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
-        moment, later, before = rng.choice(sorted(MOMENTS)), rng.uniform(0, 0.2), log()
-        process = start(*words)
-        while process.poll() is None and not MOMENTS[moment](out, before, log()):
+        moment, later, before = rng.choice(sorted(moments)), rng.uniform(0, 0.2), log()
+        process = start(*words, stderr=subprocess.PIPE)
+        while process.poll() is None and not moments[moment](before, log()):
             time.sleep(0.0005)
         time.sleep(later * (moment != "a save"))
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
         # before it has said a word nothing has begun
-        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output
+        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output + errors
         assert process.returncode or "go on with --resume" in output or "next: python hydra.py chat" in output
-        assert not hydra.find_checkpoint(out) or final_state(out)  # what it left can be read
+        assert not hydra.find_checkpoint(out) or hydra.load_checkpoint(out)  # what it left can be read
     command(*words)
     assert results(out) == expected
 
@@ -950,16 +925,15 @@ def uneven(stage2):
 
 
 @torch.no_grad()
-def logits_of(model, tokenizer):
-    input_ids, _ = data.encode_conversation(turns("<image>\nWhat is it?"), tokenizer, "v1")
-    pixels = data.image_to_tensor(Image.new("RGB", (50, 40), (90, 90, 90)), model.image_size, "pad")
-    return model(torch.tensor([input_ids]), None, pixels[None])
-
-
-def agree(checkpoint, other):
-    """Whether two checkpoints, or (model, tokenizer), are the same function."""
-    loaded = [hydra.load_checkpoint(one) if isinstance(one, Path) else one for one in (checkpoint, other)]
-    return torch.allclose(logits_of(*loaded[0]), logits_of(*loaded[1]), atol=1e-5)
+def agree(*pair):
+    """Whether two checkpoints, folders or (model, tokenizer), are the same function."""
+    logits = []
+    for one in pair:
+        model, tokenizer = hydra.load_checkpoint(one) if isinstance(one, Path) else one
+        input_ids, _ = data.encode_conversation(turns("<image>\nWhat is it?"), tokenizer, "v1")
+        pixels = data.image_to_tensor(Image.new("RGB", (50, 40), (90, 90, 90)), model.image_size, "pad")
+        logits.append(model(torch.tensor([input_ids]), None, pixels[None]))
+    return torch.allclose(*logits, atol=1e-5)
 
 
 def test_chat_reads_to_the_end_and_prints_on_any_terminal(world, uneven, tmp_path):
@@ -1013,20 +987,18 @@ def test_export_as_mobilevlm_reads_back(uneven, stage1, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "other", "projector"]
 
 
-def test_export_as_hf_reads_back(world, uneven, tmp_path):
+def test_export_as_hf_reads_back_and_replaces_an_export_alone(world, uneven, tmp_path):
     to = tmp_path / "to"
     hydra.export(uneven, "mobilevlm", to)
-    hydra.export(uneven, "hf", to, force=True)  # replaces an export, and nothing else
-    llm = LlamaForCausalLM.from_pretrained(to)
+    hydra.export(uneven, "hf", to, force=True)
     model, tokenizer = hydra.load_checkpoint(to, world / "clip", to / "mm_projector.bin")
-    model.llm = llm.eval()
+    model.llm = LlamaForCausalLM.from_pretrained(to).eval()
     assert agree((model, tokenizer), uneven)
     (to / "notes").mkdir()
     write(to / "notes" / "monday.md", "stays")
-    before = sorted(to.rglob("*"))
     with pytest.raises(data.Mistake, match="holds notes, which no export wrote"):
         hydra.export(uneven, "hf", to, force=True)
-    assert sorted(to.rglob("*")) == before
+    assert (to / "notes" / "monday.md").read_text() == "stays"
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -1350,7 +1322,7 @@ def test_a_part_of_what_torchrun_sets(monkeypatch, name):
         train.set_up_processes()
 
 
-def test_a_run_is_not_overwritten_and_not_continued_as_another(run, world, tmp_path):
+def test_a_run_is_not_overwritten_and_another_not_continued(run, world, tmp_path):
     records = json.loads((world / "instruct.json").read_text())
     changed = dict(data=write(tmp_path / "records.json", records), max_steps=3, questions=None)
     run(**changed)
@@ -1361,34 +1333,39 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(run, world, tmp_p
     with pytest.raises(data.Mistake, match="the records of --data .*records.json are not those"):
         run(**changed, resume=True)
 
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made by code"),)
+
+    torch.save({"progress": Code()}, hydra.find_checkpoint(tmp_path / "out") / "trainer.pt")
+    with pytest.raises(data.Mistake, match="trainer.pt: cannot be read"):
+        run(**changed, resume=True)
+    assert not (tmp_path / "made by code").exists()
+
 
 LONG = "Which of all the shapes in this image is the one that a child would draw first? " * 40
 
 
 def test_records_beyond_the_context_are_counted(run, world, tmp_path):
-    """In stage 1 those of several answers, too; the command at the end quotes the run's folder."""
-    records = json.loads((world / "caption.json").read_text())
-    for row in records[:3]:
-        row["conversations"] = turns("<image>\n" + LONG, "A dot", "And?", "A line")
-    for row in records[3:5]:
-        row["conversations"][1]["value"] = LONG
-    changed = dict(data=write(tmp_path / "records.json", records), out=tmp_path / "Bob's run", max_steps=1)
-    output = run(1, **changed)
+    """In stage 1 those of several answers; the command at the end quotes the run's folder."""
+    captions, records = (json.loads((world / name).read_text()) for name in ("caption.json", "instruct.json"))
+    for row in captions[:3]:
+        row["conversations"] += turns("And?", "A line")
+    file, out = write(tmp_path / "records.json", captions), tmp_path / "Bob's run"
+    output = run(1, data=file, out=out, max_steps=1)
     assert "3 of 92 records have more than one answer" in output
-    assert "training: 2 of 92 records are cut at the context of 256 tokens; 0 have no target" in output
-    assert output.splitlines()[-1].endswith(shlex.join(["--stage1", str(tmp_path / "Bob's run")]))
-    records = json.loads((world / "instruct.json").read_text())
-    for row in records[:3]:
-        row["conversations"][0]["value"] += LONG
-    changed = dict(data=write(tmp_path / "records.json", records), out=tmp_path / "2", max_steps=1, questions=None)
+    assert output.splitlines()[-1].endswith(shlex.join(["--stage1", str(out)]))
+    changed = dict(data=file, stage1=out, max_steps=1, questions=None)
+    for i, row in enumerate(records[:5]):  # three questions, two answers
+        row["conversations"][0 if i < 3 else 1]["value"] += LONG
+    write(file, records)
     output = run(**changed)
-    assert "training: 3 of 92 records are cut at the context of 256 tokens; 3 have no target" in output
-    assert output.splitlines()[-1] == f"next: python hydra.py chat {tmp_path / '2'} --image FILE"
+    assert "training: 5 of 92 records are cut at the context of 256 tokens; 3 have no target" in output
     for row in records:
         row["conversations"][0]["value"] += LONG
-    write(changed["data"], records)
+    write(file, records)
     with pytest.raises(data.Mistake, match="none of the 92 training records has an answer within the context of 256"):
-        run(**changed | {"out": tmp_path / "3"})
+        run(**changed | {"out": tmp_path / "none"})
 
 
 def test_prompts_beyond_the_context_are_refused(run, world, stage2, tmp_path):
@@ -1434,11 +1411,6 @@ def test_show_marks_what_is_masked_on_any_terminal(world, tmp_path):
     output = command(HERE / "data.py", *words, env={"PYTHONIOENCODING": "ascii"})
     assert "[<image>]" in output and r"Caf\xe9? ASSISTANT:] \u6771\u4eac</s>[" in output
 
-
-# ---------------------------------------------------------------------------------------------
-# models of others
-
-
 def test_bad_models(world, uneven, tokenizer, tmp_path):
     llm, state = world / "llm", load_file(world / "llm" / "model.safetensors")
     short, long, cut, lies, other = (edited(llm, tmp_path / name) for name in ("short", "long", "cut", "lies", "other"))
@@ -1479,17 +1451,13 @@ def test_bad_models(world, uneven, tokenizer, tmp_path):
     tokenizer.save_pretrained(other)
     with pytest.raises(data.Mistake, match="tokenizer of .* ids for a model of"):
         hydra.load_llm(other)
-
-
-@pytest.mark.parametrize("key, value", [("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 2)])
-def test_other_preprocessing_is_refused(world, tmp_path, key, value):
     clip = shutil.copytree(world / "clip", tmp_path / "clip")
     steps = {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3, "do_normalize": True}
-    write(clip / "preprocessor_config.json", steps)
-    hydra.load_clip(clip)
-    write(clip / "preprocessor_config.json", steps | {key: value})
-    with pytest.raises(data.Mistake, match=f"preprocessor_config.json: {key} is"):
-        hydra.load_clip(clip)
+    hydra.load_clip(write(clip / "preprocessor_config.json", steps).parent)
+    for key, value in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 2)):
+        write(clip / "preprocessor_config.json", steps | {key: value})
+        with pytest.raises(data.Mistake, match=f"preprocessor_config.json: {key} is"):
+            hydra.load_clip(clip)
 
 
 def test_one_owner_for_special_tokens(world, tmp_path):
@@ -1526,18 +1494,6 @@ def test_weights_in_other_layouts(world, tmp_path):
         state[name] = F.pad(state[name], (0, 0, 0, 5))
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     assert len(hydra.load_llm(folder)[0].lm_head.weight) == len(tokenizer) + 5
-
-
-def test_code_in_a_checkpoint_is_not_run(run, stage2, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "run"),)
-
-    folder = shutil.copytree(hydra.find_checkpoint(stage2), tmp_path / "hostile" / "checkpoint-12")
-    torch.save({"progress": Code()}, folder / "trainer.pt")
-    with pytest.raises(data.Mistake, match="trainer.pt: cannot be read"):
-        run(out=tmp_path / "hostile", resume=True)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", [
