@@ -331,7 +331,7 @@ def test_pixels_are_upstreams(size, mode):
 
 
 # ---------------------------------------------------------------------------------------------
-# the adapter
+# the adapter and its rank
 
 
 @torch.no_grad()
@@ -403,10 +403,6 @@ def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer, dty
     model.llm.get_input_embeddings().weight.fill_(torch.nan)
     hydra.align(model, batches)  # has nothing to go by
     assert torch.equal(adapter.lora_A, before)
-
-
-# ---------------------------------------------------------------------------------------------
-# the rank method
 
 
 def test_budget_is_never_passed_and_used_to_the_last_component():
@@ -873,11 +869,8 @@ def test_eval_answers_and_scores(run, world, stage1, stage2, tmp_path):
     content = answers.read_bytes()
     answers.write_bytes(content[: len(content) // 2])  # as a kill would
     assert "0 answered before" not in run(**changed)
-
-    def texts(rows):
-        return sorted((row["question_id"], row["text"]) for row in rows)
-
-    assert texts(data.read_json(answers)) == texts(rows)
+    texts = [sorted((row["question_id"], row["text"]) for row in them) for them in (rows, data.read_json(answers))]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("words", ["--stage 1", "--stage 2", "--stage 2 --method full"])
@@ -1018,7 +1011,7 @@ def test_export_as_peft_reads_back(uneven, tmp_path, capsys, padded):
     assert agree((model, tokenizer), uneven)
 
 
-def test_models_that_were_moved(world, uneven, tmp_path):
+def test_models_that_were_moved_or_stretched(world, uneven, tmp_path):
     """A CLIP that is gone is named, and another accepted; an export and its CLIP can be moved together."""
     gone = edited(uneven, tmp_path / "gone", vision_tower="/nowhere/clip")
     image = str(world / "images" / "00000.png")
@@ -1031,12 +1024,9 @@ def test_models_that_were_moved(world, uneven, tmp_path):
     assert agree(tmp_path / "elsewhere" / "vlm", uneven)
     with pytest.raises(data.Mistake, match="config.json: its model is not at /nowhere/llm"):
         hydra.load_checkpoint(edited(uneven, tmp_path / "no llm", model="/nowhere/llm"))
-
-
-def test_rope_scaling_through_an_export(world, uneven, tmp_path):
-    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}
-    base = edited(world / "llm", tmp_path / "llm", rope_parameters=rope)
-    scaled = edited(uneven, tmp_path / "run", model=str(base))
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}  # goes through an export, too
+    llm = edited(world / "llm", tmp_path / "llm", rope_parameters=rope)
+    scaled = edited(uneven, tmp_path / "run", model=str(llm))
     hydra.export(scaled, "mobilevlm", tmp_path / "vlm")
     assert agree(tmp_path / "vlm", scaled) and not agree(scaled, uneven)
 
@@ -1502,18 +1492,6 @@ def test_fuzz(world, stage2, pictures, tokenizer, tmp_path, name):
     write(folder / "records.json", json.loads((world / "instruct.json").read_text())[:3])
     content = (folder / name).read_bytes()
 
-    def read():
-        if name == "records.json":
-            for sample in make_samples(world, tokenizer, data.read_records(folder / name, world / "images")):
-                assert len(sample["input_ids"]) == len(sample["labels"])
-        elif (pictures / name).is_file():
-            data.image_to_tensor(data.open_image(folder, name), 32, "pad")
-        elif name == "trainer.pt":
-            with data.reading(folder / name):
-                torch.load(folder / name, map_location="cpu", weights_only=True)
-        else:
-            hydra.restore(model, folder)
-
     def test(edits):
         mutated = content
         for at, new, dropped in edits:
@@ -1521,7 +1499,16 @@ def test_fuzz(world, stage2, pictures, tokenizer, tmp_path, name):
             mutated = mutated[:i] + new + mutated[i + dropped :]
         (folder / name).write_bytes(mutated)
         try:
-            read()
+            if name == "records.json":
+                for sample in make_samples(world, tokenizer, data.read_records(folder / name, world / "images")):
+                    assert len(sample["input_ids"]) == len(sample["labels"])
+            elif (pictures / name).is_file():
+                data.image_to_tensor(data.open_image(folder, name), 32, "pad")
+            elif name == "trainer.pt":
+                with data.reading(folder / name):
+                    torch.load(folder / name, map_location="cpu", weights_only=True)
+            else:
+                hydra.restore(model, folder)
         except data.Mistake as error:
             assert name == "records.json" or "\n" not in str(error)  # a line for each record
 
