@@ -797,9 +797,9 @@ def test_a_signal_to_all_processes_of_a_run(world, stage1, tmp_path):
 
 def test_two_runs_in_one_folder(run, world, stage1, tmp_path):
     """The second is refused while the first is there, and not once it was killed."""
-    out = tmp_path / "out"
-    process = start(HERE / "train.py", *flags(world, stage1, out=out))
-    while process.poll() is None and not (out / "log.jsonl").exists():
+    log = tmp_path / "out" / "log.jsonl"
+    process = start(HERE / "train.py", *flags(world, stage1, out=log.parent))
+    while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)  # for as long as the second takes
     with pytest.raises(data.Mistake, match="log.jsonl: another run is writing it"):
