@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 from weakref import finalize
 
@@ -48,14 +50,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import data
 import hydra
 import train
 
 REFERENCE = Path(os.environ.get("HYDRA_REFERENCE", "")).resolve()
-needs_reference = pytest.mark.skipif(not os.environ.get("HYDRA_REFERENCE"), reason="HYDRA_REFERENCE is not set: no reference data")
+needs_reference = pytest.mark.skipif(not os.environ.get("HYDRA_REFERENCE"), reason="HYDRA_REFERENCE is not set")
 HERE = Path(__file__).parent
 
 
@@ -72,7 +74,7 @@ def world(tmp_path_factory):
     for record in records[::3]:  # text alone, as 6 % of the real data
         del record["image"]
         record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
-    (folder / "instruct.json").write_text(json.dumps(records))
+    write(folder / "instruct.json", records)
     tokenizer = data.train_tokenizer(folder / "llm")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -104,11 +106,11 @@ def make_model(world, rank=0, stage=2, method="hydra", nonzero=True):
     return model
 
 
-def make_samples(world, tokenizer, records=6, **options):
+def make_samples(world, tokenizer, records=6):
     """Training samples of the records, or of the first few, of which every third is text alone."""
     if isinstance(records, int):
         records = data.read_records(world / "instruct.json", world / "images")[:records]
-    return data.ConversationDataset(records, world / "images", tokenizer, "v1", 48, 9, 256, **options)
+    return data.ConversationDataset(records, world / "images", tokenizer, "v1", 48, 9, 256)
 
 
 def make_batch(samples, indices):
@@ -120,6 +122,30 @@ def make_adapter(rank=4, **options):
     adapter = hydra.HybridLoRALinear(torch.nn.Linear(24, 40, bias=False), rank, 0, **options).eval()
     torch.nn.init.normal_(adapter.lora_B)
     return adapter, torch.randn(5, 7, 24)
+
+
+def turns(*texts):
+    """A conversation of these texts, a human's first."""
+    return [{"from": speaker, "value": text} for speaker, text in zip(["human", "gpt"] * len(texts), texts)]
+
+
+def record(**changed):
+    return {"id": "r", "image": "00000.png", "conversations": turns("<image>\nWhat?", "A dot.")} | changed
+
+
+def write(path, content):
+    """Content as JSON, a list as JSON lines for .jsonl, text as it is; returns the path."""
+    if path.suffix == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def edited(folder, to, **changed):
+    """A copy of a model's folder with fields of config.json changed."""
+    shutil.copytree(folder, to)
+    write(to / "config.json", json.loads((to / "config.json").read_text()) | changed)
+    return to
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,17 +165,6 @@ def test_projector_matches_upstream(kind):
 
 
 @needs_reference
-def test_conversations_match_upstream():
-    _, tokenizer = hydra.load_checkpoint(REFERENCE / "golden" / "mobilevlm_mini" / "mobilevlm")
-    spaces = tokenizer(" Hello  world    wide", add_special_tokens=False).input_ids
-    assert spaces == [15043, 29871, 3186, 1678, 9377]  # SentencePiece's own; none of the conversations has two spaces
-    for golden in json.loads((REFERENCE / "golden" / "conversations.json").read_text()):
-        input_ids, labels = data.encode_conversation(golden["conversations"], tokenizer, golden["kind"])
-        assert input_ids == golden["input_ids"]
-        assert labels == golden["labels"]
-
-
-@needs_reference
 @torch.no_grad()
 def test_checkpoint_matches_upstream():
     folder = REFERENCE / "golden" / "mobilevlm_mini"
@@ -158,48 +173,36 @@ def test_checkpoint_matches_upstream():
     model, tokenizer = hydra.load_checkpoint(folder / "mobilevlm", vision_tower=folder / "clip")
     pixels = data.image_to_tensor(data.open_image(folder, "image.png"), model.image_size, "pad")[None]
     assert (pixels - expected["pixel_values"]).abs().max() <= 2 / 255 / min(data.CLIP_STD)
-    assert model.generate(expected["input_ids"], None, pixels, max_new_tokens=12)[0].tolist() == expected["greedy"].tolist()
+    assert torch.equal(model.generate(expected["input_ids"], None, pixels, max_new_tokens=12)[0], expected["greedy"])
     pixels = expected["pixel_values"]  # what follows is the model's
     assert torch.allclose(model.clip(pixels), expected["vision_features"], atol=1e-4)
     assert torch.allclose(model.projector(model.clip(pixels)), expected["image_tokens"], atol=1e-4)
     question = "<image>\n" + json.loads((folder / "prompt.json").read_text())["question"]
-    input_ids, _ = data.encode_conversation([{"from": "human", "value": question}], tokenizer, "v1")
+    input_ids, _ = data.encode_conversation(turns(question), tokenizer, "v1")
     assert input_ids == expected["input_ids"][0].tolist()
     logits = model(expected["input_ids"], None, pixels)[0]
     assert torch.allclose(logits[::7], expected["logits"][0], atol=1e-4, rtol=0)
     assert torch.allclose(logits[-1], expected["last_logits"][0], atol=1e-4, rtol=0)
     loss, count = model(expected["input_ids"], None, pixels, expected["labels"])
     assert abs(loss / count - expected["loss"]) <= 1e-4
+    for golden in json.loads((REFERENCE / "golden" / "conversations.json").read_text()):
+        ids_and_labels = data.encode_conversation(golden["conversations"], tokenizer, golden["kind"])
+        assert ids_and_labels == (golden["input_ids"], golden["labels"])
+    spaces = tokenizer(" Hello  world    wide", add_special_tokens=False).input_ids
+    assert spaces == [15043, 29871, 3186, 1678, 9377]  # SentencePiece's own; no conversation above has two spaces
 
 
 # ---------------------------------------------------------------------------------------------
 # data
 
 
-def test_targets_are_the_answers(world, tokenizer):
-    record = json.loads((world / "instruct.json").read_text())[1]
-    input_ids, labels = data.encode_conversation(record["conversations"], tokenizer, "v1")
-    answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-    assert tokenizer.decode([label for label in labels if label != data.IGNORE]) == "".join(f" {answer}</s>" for answer in answers)
-    assert input_ids.count(data.IMAGE_TOKEN) == 1
-    assert all(label in (data.IGNORE, token) for token, label in zip(input_ids, labels))
-
-
-@pytest.mark.parametrize("text", ["naïve 東京 \x00", "a </s> b", "USER: ASSISTANT: <s>"])
-def test_any_text_survives_the_tokenizer(tokenizer, text):
-    turns = [{"from": "human", "value": "Read."}, {"from": "gpt", "value": text}]
-    _, labels = data.encode_conversation(turns, tokenizer, "v1")
-    target = [label for label in labels if label != data.IGNORE]
-    assert target.count(tokenizer.eos_token_id) == 1 and target[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(target[:-1]).strip() == text.strip()
-
-
-@pytest.mark.parametrize("answer", ["", "word " * 1_000_000, "\x00", "USER: </s> ASSISTANT: <s>"])
-@pytest.mark.parametrize("opening", [[], [("gpt", "an answer to nothing")]])
-def test_answers_of_all_kinds(world, tokenizer, answer, opening):
-    pairs = turns(*opening, ("human", "<image>\nWhat?"), ("gpt", answer))
-    (world / "record.json").write_text(json.dumps([{"image": "00000.png", "conversations": pairs}]))
-    sample = make_samples(world, tokenizer, data.read_records(world / "record.json", world / "images"))[0]
+@pytest.mark.parametrize("answer", ["", "word " * 1_000_000, "naïve 東京 \x00", "a </s> b", "USER: </s> ASSISTANT: <s>"])
+def test_answers_of_all_kinds(world, tokenizer, answer):
+    opening = [{"from": "gpt", "value": "an answer to nothing"}]  # as in a few public records
+    records = [record(conversations=opening + turns("<image>\nWhat?", answer))]
+    records = data.read_records(write(world / "record.json", records), world / "images")
+    sample = make_samples(world, tokenizer, records)[0]
+    assert "nothing" not in tokenizer.decode([token for token in sample["input_ids"] if token != data.IMAGE_TOKEN])
     targets = [label for label in sample["labels"] if label != data.IGNORE]
     places = len(sample["input_ids"]) + 9 - 1  # the image takes nine of the 256
     if len(answer) > 256:
@@ -211,60 +214,150 @@ def test_answers_of_all_kinds(world, tokenizer, answer, opening):
         assert tokenizer.decode(targets[:-1]).strip() == answer
 
 
-def test_prompt_is_the_start_of_its_training_sample(tokenizer):
-    turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "Red"}]
-    prompt, labels = data.encode_conversation(turns[:1], tokenizer, "v1")
-    whole, _ = data.encode_conversation(turns, tokenizer, "v1")
-    assert whole[: len(prompt)] == prompt and set(labels) == {data.IGNORE}
-    late, _ = data.encode_conversation([{"from": "gpt", "value": "Hello."}, *turns], tokenizer, "v1")
-    assert late == whole  # an answer to nothing is dropped
-
-
-@pytest.mark.parametrize("size", [(48, 48), (100, 40), (33, 90), (1, 1), (900, 10)])
-@pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_images_of_any_shape(size, mode):
-    assert data.image_to_tensor(Image.new("RGB", size), 32, mode).shape == (3, 32, 32)
+def test_targets_are_the_answers_and_empty_turns_none(tokenizer):
+    conversation = turns("Is it red?\n<image>", "", "Or blue?", "Blue", "", "Yes")
+    input_ids, labels = data.encode_conversation(conversation, tokenizer, "v1")
+    assert all(label in (data.IGNORE, token) for token, label in zip(input_ids, labels))
+    assert tokenizer.decode([label for label in labels if label != data.IGNORE]) == " Blue</s> Yes</s>"
+    assert input_ids.count(data.IMAGE_TOKEN) == 1
+    text = "Is it red? ASSISTANT:USER: Or blue? ASSISTANT: Blue</s> USER:ASSISTANT: Yes</s>"
+    assert tokenizer.decode(input_ids[input_ids.index(data.IMAGE_TOKEN) + 1 :]).strip() == text
 
 
 def test_sampler_drops_nothing_and_groups():
     rng = random.Random(0)
-    records = [{"conversations": [{"value": "x" * rng.randint(1, 400)}]} | ({"image": "i"} if i % 9 else {}) for i in range(1003)]
+    lengths = np.array([rng.randint(1, 400) for _ in range(1003)])
+    records = [{"conversations": turns("x" * n)} | ({"image": "i"} if i % 9 else {}) for i, n in enumerate(lengths)]
     batches = data.global_batches(records, 16, seed=3, epoch=1)
     assert sorted(sum(batches, [])) == list(range(1003))
     assert [len(batch) for batch in batches] == [16] * 62 + [11]
-    assert batches == data.global_batches(records, 16, seed=3, epoch=1) != data.global_batches(records, 16, seed=3, epoch=2)
-    mixed = sum(len({"image" in records[i] for i in batch}) > 1 for batch in batches)
-    assert mixed <= 2
-
-    def padding(batches):
-        lengths = [[len(records[i]["conversations"][0]["value"]) for i in batch] for batch in batches]
-        return 1 - sum(map(sum, lengths)) / sum(max(row) * len(row) for row in lengths)
-
+    assert batches == data.global_batches(records, 16, seed=3, epoch=1)
+    assert batches != data.global_batches(records, 16, seed=3, epoch=2)
+    assert sum(len({"image" in records[i] for i in batch}) > 1 for batch in batches) <= 2
     shuffled = rng.sample(range(1003), 1003)
-    assert padding(batches) < 0.3 * padding([shuffled[i : i + 16] for i in range(0, 1003, 16)])
+    shuffled = [shuffled[i : i + 16] for i in range(0, 1003, 16)]
+    padding = [1 - lengths.sum() / sum(len(b) * lengths[b].max() for b in order) for order in (batches, shuffled)]
+    assert padding[0] < 0.3 * padding[1]
 
 
-@pytest.mark.parametrize("count", [1, 3, 12, 13, 16])
-def test_micro_batches_share_out_a_global_batch(count):
-    parts = data.micro_batches(list(range(count)), per_device=4, world_size=2)
-    assert sum((row for step in parts for row in step), []) == list(range(count))
-    assert all(len(step) == 2 and max(map(len, step)) <= 4 for step in parts)
+def test_a_global_batch_is_shared_out_and_cut_into_passes():
+    for count in (1, 3, 12, 13, 16):
+        parts = data.micro_batches(list(range(count)), per_device=4, world_size=2)
+        assert sum((row for step in parts for row in step), []) == list(range(count))
+        assert all(len(step) == 2 and max(map(len, step)) <= 4 for step in parts)
+    samples = [{"input_ids": [5] * n, "labels": [5] * n, "pixel_values": None} for n in (3, 90, 10, 30, 10)]
+    parts = data.passes(samples, 40, 9)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
+    assert len(data.passes(samples, 1000, 9)) == len(data.passes([], 40, 9)) == 1
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of images of many kinds, and of what is none."""
+    folder, outside = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("outside") / "a.png"
+    for name, mode in dict(grey="L", palette="P", alpha="RGBA", deep="I;16").items():
+        Image.new(mode, (30, 20)).save(folder / f"{name}.png")
+    Image.new("CMYK", (30, 20)).save(folder / "cmyk.jpg")
+    Image.new("RGB", (20_000, 10)).save(folder / "long.png")
+    photo = Image.effect_noise((90, 60), 80).convert("RGB")
+    photo.save(folder / "moving.gif", save_all=True, append_images=[Image.new("RGB", (90, 60))])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    photo.save(folder / "photo.jpg", exif=exif)
+    Image.fromarray(np.float32([[0, 0.5]])).save(folder / "float.tiff")
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "cut.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:-900])
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    Image.new("RGB", (64, 64)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    return folder
+
+
+def test_pictures_of_all_kinds(pictures):
+    broken = []
+    for path in sorted(pictures.iterdir()):
+        try:
+            for mode in ("crop", "pad"):
+                pixels = data.image_to_tensor(data.open_image(pictures, path.name), 32, mode)
+                assert pixels.shape == (3, 32, 32) and pixels.isfinite().all()
+        except data.Mistake as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            broken.append(path.name)
+    assert broken == ["cut.jpg", "empty.jpg", "float.tiff", "link.png", "loop.png", "text.jpg"]
+    assert data.open_image(pictures, "photo.jpg").size == (90, 60)  # upstream does not turn it, either
+
+
+BOMB = io.BytesIO()
+Image.new("1", (2000, 2000)).save(BOMB, "PNG")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("data:;base64," + base64.b64encode(BOMB.getvalue()).decode(), "4000000 pixels"),
+    ("no.jpg", "no such image"),
+    ("float.tiff", "float.tiff: has 32 bits a pixel"),
+    (".", "is a folder"),
+    ("http://example.org/dot.png", "is an address"),
+    ("../outside.png", "outside"),
+    ("a\0b.png", "cannot be read"),
+    ("n" * 300 + ".png", "cannot be read"),
+    ("photo.jpg", "photo.jpg: cannot be read"),
+])  # fmt: skip
+def test_images_that_are_refused(pictures, monkeypatch, name, message):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the photo now counts as a decompression bomb
+    with pytest.raises(data.Mistake, match=message) as raised:
+        data.open_image(pictures, name)
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name, mode", [("g.tiff", "I;16"), ("g.tiff", "I;16B"), ("g.png", "I;16")])
+def test_16_bits_a_pixel_are_scaled(tmp_path, name, mode):
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.frombytes(mode, (8, 8), grey.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(tmp_path / name)
+    assert np.abs(np.asarray(data.open_image(tmp_path, name))[..., 0] - grey / 257.0).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(640, 480), (3000, 200), (200, 3001), (2900, 2800), (37, 900), (48, 48), (1, 1)])
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_pixels_are_upstreams(size, mode):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, (w, h), S = Image.fromarray(noise), size, 336
+    if mode == "pad":
+        square = Image.new("RGB", (max(size),) * 2, tuple(int(255 * m) for m in data.CLIP_MEAN))
+        square.paste(image, ((max(size) - w) // 2, (max(size) - h) // 2))
+        expected = square.resize((S, S), Image.Resampling.BICUBIC)
+    else:
+        W, H = S * w // min(size), S * h // min(size)
+        left, top = (W - S) // 2, (H - S) // 2
+        expected = image.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + S, top + S))
+    std, mean = (torch.tensor(values)[:, None, None] for values in (data.CLIP_STD, data.CLIP_MEAN))
+    pixels = (data.image_to_tensor(image, S, mode) * std + mean) * 255
+    assert (pixels - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs().max() <= 2.01
 
 
 # ---------------------------------------------------------------------------------------------
-# the adapter
+# the adapter and its rank
 
 
-def test_adapter_starts_as_its_base():
+@torch.no_grad()
+def test_an_adapter_is_its_base_and_a_sum_of_components():
+    """Growing keeps the function, shrinking the strongest components."""
     base = torch.nn.Linear(24, 40, bias=False)
-    adapter, x = hydra.HybridLoRALinear(base, 3, 1), torch.randn(5, 24)
+    adapter, x = hydra.HybridLoRALinear(base, 3, 1, dropout=0.0), torch.randn(5, 24)
     assert torch.equal(adapter(x), base(x)) and adapter.rank == 4
-
-
-def test_adapter_equals_its_dense_sum():
-    adapter, x = make_adapter()
-    dense = x @ (adapter.base.weight + adapter.delta()).T
-    assert torch.allclose(adapter(x), dense, atol=1e-5)
+    torch.nn.init.normal_(adapter.lora_B)
+    before, scale = adapter(x), adapter.scale
+    assert torch.allclose(before, x @ (base.weight + adapter.delta()).T, atol=1e-5)
+    assert adapter.resize(6, 3).tolist() == [0, 1, 2, 3] and adapter.rank == 9 and adapter.scale == scale
+    assert (adapter(x) - before).abs().max() <= 1e-6 * before.abs().max()
+    assert adapter.lora_A[4:].abs().min() > 0  # a row of zeros would never learn
+    strength = adapter.lora_A.norm(dim=1) * adapter.lora_B.norm(dim=0)
+    adapter.lora_B[:, :4] *= torch.tensor([0.1, 5, 0.2, 3]) / strength[:4]
+    A, B = adapter.lora_A.clone(), adapter.lora_B.clone()
+    assert adapter.resize(3, -1).tolist() == [1, 3]
+    assert torch.equal(adapter.lora_A, A[[1, 3]]) and torch.equal(adapter.lora_B, B[:, [1, 3]])
+    for impossible in ((0, 0), (2, -2), (24, 1)):
+        with pytest.raises(data.Mistake, match="use 1 to 24"):
+            adapter.resize(*impossible)
 
 
 def test_dropout_keeps_its_input_and_a_mask_and_no_more():
@@ -275,8 +368,9 @@ def test_dropout_keeps_its_input_and_a_mask_and_no_more():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = adapter.train()(x)
     weights = {p.data_ptr() for p in adapter.parameters()}
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved if t.data_ptr() not in weights}
-    assert x.untyped_storage().data_ptr() in kept and sum(kept.values()) == 35 * (24 * 4 + 24 + 4 * 4)  # x, mask, h: 35 tokens
+    kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved) if s.data_ptr() not in weights}
+    assert x.untyped_storage().data_ptr() in kept
+    assert sum(kept.values()) == 35 * (24 * 4 + 24 + 4 * 4)  # x, mask and h of 35 tokens
     torch.manual_seed(5)
     _, mask = torch.native_dropout(x, 0.3, True)
     plain = adapter.base(x) + adapter.scale * (x * mask / 0.7) @ adapter.lora_A.T @ adapter.lora_B.T
@@ -287,37 +381,6 @@ def test_dropout_keeps_its_input_and_a_mask_and_no_more():
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(adapter(x).float().sum(), inputs)
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
-
-
-@torch.no_grad()
-def test_growth_keeps_the_function():
-    adapter, x = make_adapter()
-    before, scale = adapter(x), adapter.scale
-    kept = adapter.resize(6, 3)
-    assert kept.tolist() == [0, 1, 2, 3] and adapter.rank == 9 and adapter.scale == scale
-    assert (adapter(x) - before).abs().max() <= 1e-6 * before.abs().max()
-    assert adapter.lora_A[4:].abs().min() > 0  # a row of zeros would never learn
-
-
-@torch.no_grad()
-def test_shrinking_drops_the_least_important():
-    adapter, _ = make_adapter()
-    adapter.lora_B *= torch.tensor([0.1, 5.0, 0.2, 3.0]) / (adapter.lora_A.norm(dim=1) * adapter.lora_B.norm(dim=0))
-    A, B = adapter.lora_A.clone(), adapter.lora_B.clone()
-    kept = adapter.resize(3, -1)
-    assert kept.tolist() == [1, 3]
-    assert torch.equal(adapter.lora_A, A[[1, 3]]) and torch.equal(adapter.lora_B, B[:, [1, 3]])
-
-
-def test_new_rows_read_what_the_input_carries_and_no_row_reads_yet():
-    adapter, _ = make_adapter(rank=2)
-    directions = torch.linalg.qr(torch.randn(24, 4)).Q.T  # [4, 24], of which the first carries most
-    adapter.directions = directions * torch.tensor([4.0, 3.0, 2.0, 1.0])[:, None]
-    adapter.lora_A.data = directions[[0, 2]].clone()
-    adapter.resize(4, 0)
-    assert torch.allclose((adapter.lora_A[2:] @ directions[[1, 3]].T).abs(), torch.eye(2), atol=1e-5)
-    adapter.resize(7, 0)  # more than the directions known: the rest is random
-    assert torch.linalg.matrix_rank(adapter.lora_A) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -334,33 +397,18 @@ def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer, dty
         model(**batch)
     x = torch.cat(inputs)
     x = x - x.mean(0)
-    best = torch.linalg.svdvals(x)[:2].square().sum()
-    assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, torch.eye(2), atol=1e-4)
-    assert 0.9 * best < (x @ adapter.lora_A.T).square().sum() <= 1.0001 * best
+    for rank in (2, 4):  # rows that are added read what the input carries and no row reads yet
+        adapter.resize(rank)
+        best = torch.linalg.svdvals(x)[:rank].square().sum()
+        assert torch.allclose(adapter.lora_A @ adapter.lora_A.T, torch.eye(rank), atol=1e-4)
+        assert 0.9 * best < (x @ adapter.lora_A.T).square().sum() <= 1.0001 * best
+    adapter.directions = adapter.directions[:6]
+    adapter.resize(9)  # more than the directions known: the rest is random
+    assert torch.linalg.matrix_rank(adapter.lora_A) == 9
     before = adapter.lora_A.clone()
     model.llm.get_input_embeddings().weight.fill_(torch.nan)
     hydra.align(model, batches)  # has nothing to go by
     assert torch.equal(adapter.lora_A, before)
-
-
-@pytest.mark.parametrize("coarse, fine", [(0, 0), (2, -2), (24, 1)])
-def test_impossible_ranks_are_refused(coarse, fine):
-    with pytest.raises(data.Mistake, match="use 1 to 24"):
-        hydra.HybridLoRALinear(torch.nn.Linear(24, 40), coarse, fine)
-
-
-def test_adapter_matches_peft():
-    peft = pytest.importorskip("peft", reason="peft is not installed: no comparison with its LoRA")
-    adapter, x = make_adapter()
-    theirs = peft.tuners.lora.Linear(
-        copy.deepcopy(adapter.base), "default", config=peft.LoraConfig(lora_alpha=8), r=4, lora_alpha=8
-    ).eval()
-    theirs.lora_A["default"].weight.data, theirs.lora_B["default"].weight.data = adapter.lora_A.data, adapter.lora_B.data
-    assert torch.allclose(adapter(x), theirs(x), atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------
-# the rank method
 
 
 def test_budget_is_never_passed_and_used_to_the_last_component():
@@ -374,10 +422,7 @@ def test_budget_is_never_passed_and_used_to_the_last_component():
         spare = budget - (ranks * costs).sum()
         assert 0 <= spare and ranks.min() >= 1 and ranks.max() <= 16
         assert not ((costs <= spare) & (ranks < limits)).any()
-
-
-def test_equal_needs_give_equal_ranks():
-    costs = np.array([2, 2, 2, 2, 3, 3, 3] * 4)
+    costs = np.array([2, 2, 2, 2, 3, 3, 3] * 4)  # equal needs give equal ranks
     ranks = hydra.fill(lambda i, k: costs[i] / k**2, costs, 4 * costs.sum(), np.full(28, 16))
     assert (ranks == 4).all()
 
@@ -398,12 +443,11 @@ def test_noise_is_shrunk_away_and_needs_are_not():
 def test_spectrum_is_what_the_update_gives_for_real_inputs():
     adapter, x = make_adapter()
     loss, (spectrum,) = hydra.look([adapter], lambda: float(adapter(x).sum()))
-    update, base = (x @ adapter.delta().T).flatten(0, 1), adapter.base(x).flatten(0, 1)
-    base = base - adapter.base.bias if adapter.base.bias is not None else base
+    update, base = (x @ adapter.delta().T).flatten(0, 1), adapter.base(x)
     assert np.allclose(spectrum, (torch.linalg.svdvals(update)[:4] / base.norm()).numpy(), rtol=1e-4)
 
 
-def test_rank_events_keep_the_invariants(world, tokenizer):
+def test_rank_events_keep_the_invariants(world, tokenizer, group):
     """A short run of the method that needs no consent: ranks move, the budget and the function hold."""
     model = make_model(world, rank=3)
     samples = make_samples(world, tokenizer, 12)
@@ -412,19 +456,17 @@ def test_rank_events_keep_the_invariants(world, tokenizer):
     controller = hydra.RankController(model, 3, total_steps=20, method="dynamic")
     hydra.adapters(model)["model.layers.1.self_attn.q_proj"].lora_B.data *= 30  # of great worth
     moved = 0
-    with a_group_of_one():
-        for step in range(20):
-            loss, count = model.train()(**batch)
-            (loss / count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step + 1 in controller.event_steps:
-                entry = controller.event(step + 1, lambda: train.held_out_loss(model, [probe]), optimizer)
-                moved += entry["choice"] == "move"
-                assert entry["parameters"] == sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
-                json.dumps(entry), torch.save(controller.state_dict(), io.BytesIO())
-            assert 0 <= controller.budget - (controller.ranks() * controller.costs).sum()
-            assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
+    for step in range(20):
+        loss, count = model.train()(**batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in controller.event_steps:
+            entry = controller.event(step + 1, lambda: train.held_out_loss(model, [probe]), optimizer)
+            moved += entry["choice"] == "move"
+            parameters = sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
+            assert entry["parameters"] == parameters <= controller.budget
+        assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
     assert moved and len(controller.history) == 6
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
@@ -440,29 +482,19 @@ def test_optimizer_state_moves_with_the_components():
     kept = adapter.resize(2, 0, optimizer=optimizer)
     assert adapter.resize(5, 0, optimizer=optimizer).tolist() == [0, 1]
     new = adapter.lora_A, adapter.lora_B
-    for i, dim in enumerate((0, 1)):
+    for dim in (0, 1):
+        state = optimizer.state[new[dim]]
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = optimizer.state[new[i]][key]
-            assert moment.shape == new[i].shape
-            assert torch.equal(moment.narrow(dim, 0, 2), before[i][key].index_select(dim, kept))
-        assert (optimizer.state[new[i]]["exp_avg"].narrow(dim, 2, 3) == 0).all()
-        assert (optimizer.state[new[i]]["exp_avg_sq"].narrow(dim, 2, 3) > 0).all()
-        assert optimizer.state[new[i]]["step"] == before[i]["step"]
+            assert state[key].shape == new[dim].shape
+            assert torch.equal(state[key].narrow(dim, 0, 2), before[dim][key].index_select(dim, kept))
+        assert (state["exp_avg"].narrow(dim, 2, 3) == 0).all()
+        assert (state["exp_avg_sq"].narrow(dim, 2, 3) > 0).all()
+        assert state["step"] == before[dim]["step"]
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, new))
 
 
 # ---------------------------------------------------------------------------------------------
 # the model
-
-
-def test_encoder_is_the_last_hidden_state_but_one(world):
-    clip = hydra.load_clip(world / "clip")
-    clip.train()
-    pixels = torch.randn(2, 3, 48, 48)
-    expected = clip.clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    features = clip(pixels)
-    assert torch.equal(features, expected) and features.shape == (2, 36, 24)
-    assert not any(module.training for module in clip.modules()) and not features.requires_grad
 
 
 @torch.no_grad()
@@ -484,6 +516,9 @@ def test_splice_puts_image_tokens_in_place(world, tokenizer):
         assert torch.allclose(logits[row, : len(expected)], expected, atol=1e-5)
     with pytest.raises(ValueError, match="placeholders"):
         model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"][:1])
+    samples.context_length = 50  # a sample is cut after its image is expanded
+    embeddings, mask, labels = model.splice(**make_batch(samples, [1]))
+    assert embeddings.shape[1] == mask.sum() == labels.shape[1] == 50
 
 
 @pytest.mark.parametrize("method", ["hydra", "full"])
@@ -492,21 +527,16 @@ def test_loss_and_gradient_equal_the_plain_ones(world, tokenizer, monkeypatch, m
     model = make_model(world, rank=0 if method == "full" else 2, method=method)
     batch = make_batch(make_samples(world, tokenizer, 4), range(4))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    compiled, shapes = torch.nn.functional.linear_cross_entropy, []
-
-    def watched(hidden, *args, **kwargs):
-        shapes.append(hidden.shape)
-        return compiled(hidden, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", watched)
     loss, count = model(**batch)
     gradient = torch.autograd.grad(loss, trained.values())
-    assert count == (batch["labels"][:, 1:] != data.IGNORE).sum() and shapes == [(count, 32)]  # no logits without a target
-    clip = model.clip.clip
-    monkeypatch.setattr(hydra.CLIPEncoder, "forward", lambda _, pixels: clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
-    embeddings, mask, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
+    assert count == (batch["labels"][:, 1:] != data.IGNORE).sum()
+    nothing, none = model(**data.collate([]))  # as a last incomplete global batch gives
+    assert none == 0 and not any(g.any() for g in torch.autograd.grad(nothing, trained.values()))
+    hidden = model.clip.clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    monkeypatch.setattr(hydra.CLIPEncoder, "forward", lambda _, pixels: hidden)
+    embeddings, mask, labels = model.splice(**batch)
     logits = model.llm(inputs_embeds=embeddings, attention_mask=mask.long()).logits
-    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     assert torch.allclose(plain, loss, rtol=1e-5)
     for name, ours, theirs in zip(trained, gradient, torch.autograd.grad(plain, trained.values())):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name
@@ -532,78 +562,25 @@ def test_bf16_gives_fp32_gradients_near_the_exact_ones(world, tokenizer, method)
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
-def test_generation_in_a_batch_equals_one_by_one(world, tokenizer):
+def test_generation_in_a_batch_equals_one_by_one(world, tokenizer, group):
     model = make_model(world, rank=2).eval()
-    questions = [json.loads(line) for line in (world / "questions.jsonl").read_text().splitlines()][:6]
+    questions = data.read_json(world / "questions.jsonl")[:6]
     questions[1]["text"] = "A much longer question: " + questions[1]["text"]
-    with a_group_of_one():
-        together = train.answer(model, tokenizer, questions, world / "images")
-        alone = [train.answer(model, tokenizer, [question], world / "images")[0] for question in questions]
+    together = train.answer(model, tokenizer, questions, world / "images")
+    alone = [train.answer(model, tokenizer, [question], world / "images")[0] for question in questions]
     assert together == alone
 
 
-@pytest.mark.parametrize("stage, method", [(1, None), (2, "hydra"), (2, "full")])
-def test_only_the_intended_parameters_get_gradients(world, tokenizer, stage, method):
+@pytest.mark.parametrize("stage, method, parts", [
+    (1, None, ("projector.",)), (2, "hydra", ("projector.", "lora_")), (2, "full", ("projector.", "llm.")),
+])  # fmt: skip
+def test_only_the_intended_parameters_get_gradients(world, tokenizer, stage, method, parts):
     model = make_model(world, rank=2 if method == "hydra" else 0, stage=stage, method=method)
-    samples = make_samples(world, tokenizer)
-    loss, _ = model.train()(**make_batch(samples, range(6)))
+    loss, _ = model.train()(**make_batch(make_samples(world, tokenizer), range(6)))
     loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    parts = {"hydra": ("projector.", "lora_"), "full": ("projector.", "llm."), None: ("projector.",)}[method]
     assert trained == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-
-
-def gradients(model, batches):
-    """Gradient of the mean loss over all targets of the batches, as the training loop makes it."""
-    model.zero_grad()
-    total = 0
-    for batch in batches:
-        loss, count = model(**batch)
-        loss.backward()
-        total += count
-    return torch.cat([(p.grad / total).flatten() for p in model.parameters() if p.requires_grad])
-
-
-def test_split_of_the_global_batch_does_not_matter(world, tokenizer):
-    model = make_model(world, rank=2).train()
-    samples = make_samples(world, tokenizer, 6)
-    whole = gradients(model, [make_batch(samples, range(6))])
-    # one of text alone, one uneven, one empty, as a last incomplete global batch gives
-    parts = [[0], [1, 2, 4, 5], [], [3]]
-    split = gradients(model, [make_batch(samples, part) for part in parts])
-    assert (whole - split).norm() <= 1e-6 * whole.norm()
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_does_not_depend_on_the_bound(world, stage1, dropout):
-    """Passes cut to one row, to about three, not at all; after one step Adam's first moment is a tenth of the gradient."""
-    moments = []
-    for bound, processes in ((1, 1), (200, 1), (200, 2), (100_000, 1)):
-        out = stage1 / f"bound-{bound}-{processes}-{dropout}"
-        words = flags(world, stage1, out=out, max_steps=1, global_batch_size=16, per_device_train_batch_size=8, method="lora",
-                      max_tokens_per_pass=bound, lora_dropout=dropout, max_grad_norm=1e30, questions=None)  # fmt: skip
-        command(HERE / "train.py", *words, processes=processes)
-        state = torch.load(hydra.find_checkpoint(out) / "trainer.pt", weights_only=True)["optimizer"]["state"]
-        moments.append(torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
-    for other in moments[1:] if not dropout else ():
-        assert (other - moments[0]).norm() <= 1e-6 * moments[0].norm()
-    assert all(moment.isfinite().all() and moment.norm() > 0 for moment in moments)
-
-
-def test_passes_hold_no_more_than_the_bound():
-    samples = [{"input_ids": [5] * n, "labels": [5] * n, "pixel_values": None} for n in (3, 90, 10, 30, 10)]
-    parts = data.passes(samples, 40, 9)
-    assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
-    assert len(data.passes(samples, 1000, 9)) == len(data.passes([], 40, 9)) == 1
-
-
-def test_samples_are_cut_after_the_image_is_expanded(world, tokenizer):
-    samples = make_samples(world, tokenizer, 2)
-    samples.context_length = 50
-    model = make_model(world)
-    batch = make_batch(samples, [1])
-    embeddings, mask, labels = model.splice(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["labels"])
-    assert embeddings.shape[1] == mask.sum() == labels.shape[1] == 50
+    assert not any(module.training for module in model.clip.modules())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -613,49 +590,47 @@ def test_samples_are_cut_after_the_image_is_expanded(world, tokenizer):
 def flags(world, runs, stage=2, **changed):
     """Command line of a run on the test world; a flag set to None is left away, to True stands alone."""
     options = dict(
-        stage=stage, model=world / "llm", vision_tower=world / "clip", data=world / ("caption.json" if stage == 1 else "instruct.json"),
-        images=world / "images", questions=None if stage == 1 else world / "questions.jsonl", out=runs / f"stage{stage}", stage1=runs / "stage1",
-        global_batch_size=8, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=12, lora_dropout=0.0, log_steps=2, num_workers=0,
-        lora_rank=2, lora_alpha=4,
+        stage=stage, model=world / "llm", vision_tower=world / "clip", images=world / "images",
+        data=world / ("caption.json" if stage == 1 else "instruct.json"),
+        questions=None if stage == 1 else world / "questions.jsonl", out=runs / f"stage{stage}", stage1=runs / "stage1",
+        global_batch_size=8, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=12, lora_rank=2, lora_alpha=4,
+        lora_dropout=0.0, log_steps=2, num_workers=0,
     )  # fmt: skip
-    options.update(changed)
-    return [word for name, value in options.items() if value is not None for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    options = {f"--{name}": value for name, value in (options | changed).items() if value is not None}
+    return [str(word) for name, value in options.items() for word in ([name] if value is True else [name, value])]
 
 
-def command(*words, processes=1, folder=HERE, code=0):
-    """Run a script of the project, under torchrun for several processes; returns its output."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    result = subprocess.run(
-        [sys.executable, *launcher, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
+def start(*words, processes=1, restarts=0, env=(), **options):
+    """A script of the project as a process, under torchrun for several. options: Popen's."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max_restarts={restarts}".split()
+    words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **dict(env)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=env, **(pipes | options))
 
 
-@contextmanager
-def a_group_of_one():
-    """For what counts over all processes."""
+def command(*words, code=0, text=None, **options):
+    """Run a script of the project, with this text as its input; returns its output."""
+    process = start(*words, **options)
+    try:
+        output = process.communicate(text, timeout=240)[0]
+    finally:
+        process.kill()  # nothing, if it has ended
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.fixture
+def group():
+    """A process group of one, for what counts over all processes."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def run_here(monkeypatch, *words):
-    """train.py in this process, which keeps its signal handlers."""
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    try:
-        train.run(train.parse_arguments(words))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
 def stage1(world, tmp_path_factory):
-    """A finished stage 1, through the command line."""
+    """A folder with a finished stage 1, through the command line."""
     out = tmp_path_factory.mktemp("runs")
     output = command(HERE / "train.py", *flags(world, out, stage=1))
     assert "4 × 2 × 1 processes = 8" in output and "next: torchrun train.py --stage 2" in output
@@ -663,31 +638,266 @@ def stage1(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stage2(world, stage1):
-    """A finished stage 2 with rank events, through the command line."""
-    output = command(HERE / "train.py", *flags(world, stage1, out=stage1 / "one"))
-    assert output.count("rank event at step") == 5 and "no image" in output
+def stage2(world, stage1, tmp_path_factory):
+    """A finished stage 2 with rank events, through the command line, from another folder and with another umask."""
+    folder = tmp_path_factory.mktemp("cwd")
+    output = command(HERE / "train.py", *flags(world, stage1, out=stage1 / "one"), cwd=folder, umask=0o027)
+    assert output.count("rank event at step") == 5 and "no image" in output and not any(folder.iterdir())
     return stage1 / "one"
 
 
-def final_state(out):
-    folder = hydra.find_checkpoint(out)
-    return load_file(folder / "model.safetensors"), hydra.read_config(folder)
+@pytest.fixture
+def run(world, stage1, tmp_path, monkeypatch, capsys):
+    """run(stage=2, **changed): train.py in this process, which keeps its signal handlers; returns what it says."""
+
+    def run(stage=2, **changed):
+        words = flags(world, stage1, stage, **{"out": tmp_path / "out", **changed})
+        monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        try:
+            train.main()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return capsys.readouterr().out
+
+    return run
+
+
+def results(out):
+    """What a run leaves, but for its speed: log, weights, ranks."""
+    folder, log = hydra.find_checkpoint(out), data.read_json(out / "log.jsonl")
+    log = [{key: row[key] for key in row if key not in ("tokens_per_s", "result")} for row in log]
+    weights = {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return log, weights, hydra.read_config(folder)["ranks"]
 
 
 def test_stages_leave_a_checkpoint_a_log_and_a_picture(stage2):
     assert [path.name for path in sorted(stage2.iterdir())] == ["checkpoint-12", "log.jsonl", "ranks.png"]
-    entries = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries if "loss" in entry] == [2, 4, 6, 8, 10, 12]
-    assert {"ranks_before", "ranks", "budget", "probe_loss", "coarse", "fine", "spread"} <= next(e for e in entries if "choice" in e).keys()
-    assert set(entries[-1]["result"]["test_loss"]) == set(entries[-1]["result"]["accuracy"]) == {"existence", "color", "position", "count", "letter", "choice", "all"}
+    assert {oct(path.stat().st_mode & 0o777) for path in stage2.rglob("*") if path.is_file()} == {"0o640"}
+    rows = data.read_json(stage2 / "log.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8, 10, 12]
+    event = next(row for row in rows if "choice" in row)
+    assert {"ranks_before", "ranks", "budget", "probe_loss", "coarse", "fine", "spread"} <= event.keys()
+    kinds = {"existence", "color", "position", "count", "letter", "choice", "all"}
+    assert rows[-1]["result"]["test_loss"].keys() == rows[-1]["result"]["accuracy"].keys() == kinds
 
 
-def test_chat_answers_from_a_checkpoint(world, stage2):
-    image = next((world / "images").iterdir())
-    command(HERE / "hydra.py", "chat", stage2, "--image", image, "--prompt", "What is it?", "--max_new_tokens", 4)
-    model, config = hydra.load_checkpoint(stage2)[0], hydra.read_config(stage2)
-    assert {name: adapter.rank for name, adapter in hydra.adapters(model).items()} == {n: sum(r) for n, r in config["ranks"].items()}
+def test_gradient_does_not_depend_on_the_split(run, world, stage1, tokenizer):
+    """Processes × passes, whole or in parts of a row or a few; Adam's first moment is a tenth of the first gradient.
+
+    The global batch is incomplete, of images and text alone, so that some processes see no image.
+    """
+    moments, changed = [], dict(global_batch_size=96, per_device_train_batch_size=12)
+    for processes, bound in ((1, 100_000), (1, 1), (1, 200), (2, 200), (4, 12288)):
+        out = stage1 / f"split-{processes}-{bound}"
+        words = flags(world, stage1, out=out, max_steps=1, method="lora", max_grad_norm=1e30, questions=None, **changed,
+                      gradient_accumulation_steps=8 // processes, max_tokens_per_pass=bound)  # fmt: skip
+        command(HERE / "train.py", *words, processes=processes)
+        state = torch.load(hydra.find_checkpoint(out) / "trainer.pt", weights_only=True)["optimizer"]["state"]
+        moments.append(torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
+    for other in moments[1:]:
+        assert (other - moments[0]).norm() <= 1e-6 * moments[0].norm()
+    records, *_ = train.read_data(train.parse_arguments(flags(world, stage1, **changed)))
+    samples, (batch,) = make_samples(world, tokenizer, records), data.global_batches(records, 96, seed=0, epoch=0)
+    last = data.micro_batches(batch, per_device=12, world_size=2)[-1]
+    counts = [len(data.passes([samples[i] for i in share], 200, 9)) for share in last]
+    assert counts[0] != counts[1]  # the two processes exchange gradients after different numbers of parts
+
+
+@pytest.fixture(scope="session")
+def two(world, stage1):
+    """A finished stage 2 of two processes."""
+    words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2, save_steps=3, keep=3)
+    command(HERE / "train.py", *words, processes=2)
+    command(HERE / "train.py", *words, "--resume", processes=2)  # of a finished run: evaluates again, changes nothing
+    return stage1 / "two"
+
+
+def test_two_processes_equal_one(run, stage1, stage2, two):
+    assert [path.name for path in hydra.list_checkpoints(two)] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    moved = shutil.copytree(two, stage1 / "moved")  # from two processes to one, half way
+    for step in (9, 12):
+        shutil.rmtree(moved / f"checkpoint-{step}")
+    run(out=moved, resume=True)
+    logs, weights, ranks = zip(*map(results, (stage2, two, moved)))
+    assert ranks[0] == ranks[1] == ranks[2]
+    for name, weight in weights[0].items():
+        assert all(np.allclose(other[name], weight, atol=2e-4) for other in weights), name
+    keys = ("held_out_loss", "probe_loss")
+    losses = [[row[key] for row in log for key in keys if key in row] for log in logs]
+    assert len(losses[0]) >= 7 and np.allclose(losses, losses[0], rtol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world, stage1):
+    """Flags and result of a run over an epoch's end, with rank events, dropout, accumulation and passes in parts."""
+    words = flags(world, stage1, epochs=2, max_steps=15, lora_dropout=0.1, save_steps=1, max_tokens_per_pass=200)
+    command(HERE / "train.py", *words, "--out", stage1 / "undisturbed")
+    return words, results(stage1 / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
+    """HYDRA_KILLS=10 pytest -k killed: so many of each signal at random moments, each followed by a resume."""
+    rng, out, (words, expected) = random.Random(int(number)), stage1 / f"killed-{number}", undisturbed
+    words = [HERE / "train.py", *words, "--out", out, "--resume"]
+    moments = {  # of the log, before and now
+        "a step": lambda before, now: now.count("\n") != before.count("\n"),
+        "a save": lambda before, now: any(out.glob("*.unfinished")),
+        "a rank event": lambda before, now: now.count('"choice"') > before.count('"choice"'),
+        "any time": lambda before, now: True,
+    }
+
+    def log():
+        return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+
+    for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
+        moment, later, before = rng.choice(sorted(moments)), rng.uniform(0, 0.2), log()
+        process = start(*words, stderr=subprocess.PIPE)
+        while process.poll() is None and not moments[moment](before, log()):
+            time.sleep(0.0005)
+        time.sleep(later * (moment != "a save"))
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        # before it has said a word nothing has begun
+        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output + errors
+        assert process.returncode or "go on with --resume" in output or "next: python hydra.py chat" in output
+        assert not hydra.find_checkpoint(out) or hydra.load_checkpoint(out)  # what it left can be read
+    command(*words)
+    assert results(out) == expected
+
+
+@pytest.mark.parametrize("number, restarts", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_of_two_processes(world, stage1, two, number, restarts):
+    """SIGTERM stops both, saved, with exit code 0; SIGKILL ends both with a message, or torchrun starts both anew."""
+    out = stage1 / f"two-{number}-{restarts}"
+    words = [HERE / "train.py", *flags(world, stage1, out=out, per_device_train_batch_size=2, save_steps=1), "--resume"]
+    process = start(*words, processes=2, restarts=restarts)
+    while process.poll() is None and not hydra.list_checkpoints(out):
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), number)
+    output = process.communicate(timeout=120)[0]
+    died = number == signal.SIGKILL and not restarts
+    assert process.returncode == died, output
+    said = "stopped by a signal" in output, "Signal 9 (SIGKILL) received" in output
+    assert said == (number == signal.SIGTERM, died)
+    command(*words, processes=2)  # goes on; after a restart it is finished, and evaluates again
+    assert results(out)[1:] == results(two)[1:]
+
+
+def test_a_signal_to_all_processes_of_a_run(world, stage1, tmp_path):
+    """SIGTERM to the reading workers, too, as torchrun and terminals send it."""
+    words = flags(world, stage1, out=tmp_path / "out", num_workers=2, max_steps=200)
+    process = start(HERE / "train.py", *words, start_new_session=True)
+    next(line for line in process.stdout if "loss" in line and "lr" in line)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal" in output, output
+    assert hydra.find_checkpoint(tmp_path / "out")
+
+
+def test_two_runs_in_one_folder(run, world, stage1, tmp_path):
+    """The second is refused while the first is there, and not once it was killed."""
+    log = tmp_path / "out" / "log.jsonl"
+    process = start(HERE / "train.py", *flags(world, stage1, out=log.parent))
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # for as long as the second takes
+    with pytest.raises(data.Mistake, match="log.jsonl: another run is writing it"):
+        run(resume=True)
+    process.kill()
+    process.wait()
+    assert "next: python hydra.py chat" in run(resume=True)
+
+
+def test_a_full_disk_leaves_whole_checkpoints(stage1, undisturbed):
+    """Full when the file-size limit is reached: an error in one line, and the run resumes to the same result."""
+    (words, expected), out = undisturbed, stage1 / "full"
+    words = [HERE / "train.py", *words, "--out", out, "--resume"]
+    size = (hydra.find_checkpoint(stage1 / "undisturbed") / "trainer.pt").stat().st_size
+    for most in (size - 2000, 2000):  # of a checkpoint's last file; of config.json, later the log
+        limit = resource.RLIMIT_FSIZE, (most, most)
+        output = command(*words, code=2, preexec_fn=lambda: resource.setrlimit(*limit))
+        assert output.splitlines()[-1].startswith("train.py: error: ")
+        assert "File too large" in output and "Traceback" not in output
+    command(*words)
+    assert results(out) == expected
+
+
+def test_a_folder_is_replaced_after_a_kill_between_the_renames(tmp_path):
+    for name in ("run", "run.old", "run.unfinished"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "file", "old")
+    with data.whole(tmp_path / "run") as folder:
+        folder.mkdir()
+        write(folder / "file", "new")
+    assert (tmp_path / "run/file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(run, tmp_path, monkeypatch):
+    forward, calls = hydra.HydraVLM.forward, []
+
+    def broken(self, *args, **kwargs):
+        loss, count = forward(self, *args, **kwargs)
+        calls.extend([1] * self.training)
+        return loss * (math.inf if self.training and len(calls) in (3, 8) else 1), count
+
+    monkeypatch.setattr(hydra.HydraVLM, "forward", broken)
+    run()
+    log = [row for row in results(tmp_path / "out")[0] if "lr" in row]
+    assert [row.get("skipped_steps", 0) for row in log] == [1, 2, 2, 2, 2, 2]
+    assert all(math.isfinite(row["loss"]) for row in log)
+    monkeypatch.undo()
+    with pytest.raises(data.Mistake, match=r"(?s)no finite gradient for 11 steps.*look at records \['instruct-"):
+        run(out=tmp_path / "none", learning_rate=1e30, max_grad_norm=1e30)
+
+
+def test_ranks_that_differ_between_processes_stop_the_run(run, monkeypatch):
+    gather = train.gather
+    monkeypatch.setattr(hydra.RankController, "state_dict", lambda self: "mine")
+    monkeypatch.setattr(train, "gather", lambda values: gather(values) + ["another's"] * (values == ['"mine"']))
+    with pytest.raises(data.Mistake, match="step 1: ranks differ between processes"):
+        run()
+
+
+def test_eval_answers_and_scores(run, world, stage1, stage2, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    changed = dict(stage="eval", checkpoint=stage2, benchmark="vqa", answers=answers, out=None)
+    output = command(HERE / "train.py", *flags(world, stage1, **changed), processes=2)
+    assert "48 questions, 0 answered before" in output and "accuracy" in output
+    rows = data.read_json(answers)
+    assert {row["model_id"] for row in rows} == {str(hydra.find_checkpoint(stage2))}
+    content = answers.read_bytes()
+    answers.write_bytes(content[: len(content) // 2])  # as a kill would
+    assert "0 answered before" not in run(**changed)
+    texts = [sorted((row["question_id"], row["text"]) for row in them) for them in (rows, data.read_json(answers))]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("words", ["--stage 1", "--stage 2", "--stage 2 --method full"])
+def test_memory_expected_is_memory_counted(words):
+    config = train.parse_arguments(["--model", "bench", *words.split()])
+    train.complete(config, 1)
+    mode, model = fake_model(config)
+    fixed, per_token = train.expected_peak(model, config, torch.device("cuda"))
+    counted = count_step(model, fake_batches(mode, model, config, rows=12, length=2048), as_on_gpu=True)
+    assert fixed + config.max_tokens_per_pass * per_token == pytest.approx(sum(counted.values()), rel=0.1)
+
+
+def test_a_card_too_small_is_refused_with_the_numbers(world, stage1, group, monkeypatch):
+    config = train.parse_arguments(flags(world, stage1))
+    card = SimpleNamespace(total_memory=200_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(data.Mistake, match=r"alone take 0\.\d GB, and the GPU has 0\.0"):
+        train.check_memory(config, make_model(world, rank=2), torch.device("cuda"))
+    card.total_memory = 10**9
+    train.check_memory(config, make_model(world, rank=2), torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------------------------------
+# chat and exports
 
 
 @pytest.fixture(scope="session")
@@ -705,19 +915,59 @@ def uneven(stage2):
 
 
 @torch.no_grad()
-def logits_of(model, tokenizer):
-    turn = {"from": "human", "value": "<image>\nWhat is it?"}
-    input_ids, _ = data.encode_conversation([turn], tokenizer, "v1")
-    pixels = data.image_to_tensor(Image.new("RGB", (50, 40), (90, 90, 90)), model.image_size, "pad")
-    return model(torch.tensor([input_ids]), None, pixels[None])
+def agree(*pair):
+    """Whether two checkpoints, folders or (model, tokenizer), are the same function."""
+    logits = []
+    for one in pair:
+        model, tokenizer = hydra.load_checkpoint(one) if isinstance(one, Path) else one
+        input_ids, _ = data.encode_conversation(turns("<image>\nWhat is it?"), tokenizer, "v1")
+        pixels = data.image_to_tensor(Image.new("RGB", (50, 40), (90, 90, 90)), model.image_size, "pad")
+        logits.append(model(torch.tensor([input_ids]), None, pixels[None]))
+    return torch.allclose(*logits, atol=1e-5)
+
+
+def test_chat_reads_to_the_end_and_prints_on_any_terminal(world, uneven, tmp_path):
+    """Two questions to a model that says nothing but bytes beyond ASCII, on a terminal that knows no others."""
+    hydra.export(uneven, "mobilevlm", tmp_path / "vlm")
+    state = torch.load(tmp_path / "vlm" / "pytorch_model.bin", weights_only=True)
+    head = state["lm_head.weight"]
+    more, less = hydra.load_llm(world / "llm")[1]("é", add_special_tokens=False).input_ids[-2:]
+    head.zero_()
+    head[more], head[less] = 1, -1
+    torch.save(state, tmp_path / "vlm" / "pytorch_model.bin")
+    words = ["chat", tmp_path / "vlm", "--vision_tower", world / "clip", "--max_new_tokens", 4, "--image"]
+    ascii, image = {"PYTHONIOENCODING": "ascii"}, world / "images" / "00000.png"
+    output = command(HERE / "hydra.py", *words, image, text="What is it?\nAnd now?\n", env=ascii)
+    assert output.isascii() and len(re.findall(r"(\\ufffd)+\n", output)) == 2
+    output = command(HERE / "hydra.py", *words, "é.png", env=ascii, code=2)
+    assert output.startswith("hydra.py: error: ") and "\\xe9.png: no such image" in output and output.count("\n") == 1
+
+
+def test_chat_keeps_the_conversation_and_the_image(world, stage2, tokenizer, monkeypatch):
+    asked = []
+
+    def generate(self, input_ids, attention_mask, pixel_values, *args, **options):
+        asked.append((input_ids[0].tolist(), pixel_values))
+        return torch.tensor([tokenizer(" Red").input_ids])
+
+    monkeypatch.setattr(hydra.HydraVLM, "generate", generate)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nAnd now?\n"))
+    hydra.chat(stage2, str(world / "images" / "00000.png"))
+    (first, pixels), (second, same) = asked
+    expected, _ = data.encode_conversation(turns("<image>\nWhat is it?", "Red", "And now?"), tokenizer, "v1")
+    assert second == expected and second[: len(first)] == first and torch.equal(pixels, same)
 
 
 def test_export_as_mobilevlm_reads_back(uneven, stage1, tmp_path):
-    for checkpoint, method in ((uneven, "adapters"), (stage1 / "stage1", "projector")):
-        hydra.export(checkpoint, "mobilevlm", tmp_path / method)
-        back = hydra.load_checkpoint(tmp_path / method)
+    for checkpoint, part in ((uneven, "adapters"), (stage1 / "stage1", "projector")):
+        hydra.export(checkpoint, "mobilevlm", tmp_path / part)
+        back = hydra.load_checkpoint(tmp_path / part)
         assert back[0].stage == 1 and not hydra.adapters(back[0])
-        assert torch.allclose(logits_of(*back), logits_of(*hydra.load_checkpoint(checkpoint)), atol=1e-5)
+        assert agree(back, checkpoint)
+        assert all(path.stat().st_mode & 0o044 for path in (tmp_path / part).iterdir())  # as the umask says
+    other = edited(tmp_path / "adapters", tmp_path / "other", mm_projector_type="ldpnetv2")
+    with pytest.raises(data.Mistake, match="config.json: mm_projector_type is 'ldpnetv2'"):
+        hydra.load_checkpoint(other)
     for arguments, message in [
         ((uneven, "hf", tmp_path / "projector"), "exists; name another folder, or add --force"),
         ((uneven, "hf", uneven.parent, "float32", False, True), "is no export of ours"),
@@ -725,279 +975,118 @@ def test_export_as_mobilevlm_reads_back(uneven, stage1, tmp_path):
     ]:
         with pytest.raises(data.Mistake, match=message):
             hydra.export(*arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "projector"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "other", "projector"]
 
 
-def test_export_as_hf_reads_back(world, uneven, tmp_path):
+def test_export_as_hf_reads_back_and_replaces_an_export_alone(world, uneven, tmp_path):
     to = tmp_path / "to"
     hydra.export(uneven, "mobilevlm", to)
-    hydra.export(uneven, "hf", to, force=True)  # replaces an export, and nothing else
-    (to / "thesis.tex").write_text("stays")
-    with pytest.raises(data.Mistake, match="holds thesis.tex, which no export wrote"):
+    hydra.export(uneven, "hf", to, force=True)
+    model, tokenizer = hydra.load_checkpoint(to, world / "clip", to / "mm_projector.bin")
+    model.llm = LlamaForCausalLM.from_pretrained(to).eval()
+    assert agree((model, tokenizer), uneven)
+    (to / "notes").mkdir()
+    write(to / "notes" / "monday.md", "stays")
+    with pytest.raises(data.Mistake, match="holds notes, which no export wrote"):
         hydra.export(uneven, "hf", to, force=True)
-    llm = LlamaForCausalLM.from_pretrained(to)
-    back = hydra.load_checkpoint(to, world / "clip", to / "mm_projector.bin")
-    back[0].llm = llm.eval()
-    assert torch.allclose(logits_of(*back), logits_of(*hydra.load_checkpoint(uneven)), atol=1e-5)
+    assert (to / "notes" / "monday.md").read_text() == "stays"
 
 
-def test_export_as_peft_reads_back(uneven, tmp_path, capsys):
-    peft = pytest.importorskip("peft")
-    hydra.export(uneven, "peft", tmp_path / "peft")
-    assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "peft").iterdir())  # as the umask says
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert "largest rank is 14" in capsys.readouterr().out and config["rank_pattern"].keys() == config["alpha_pattern"].keys()
-    assert config["rank_pattern"]["model.layers.0.self_attn.q_proj"] == 1
-    ours, tokenizer = hydra.load_checkpoint(uneven)
-    expected = logits_of(ours, tokenizer)
+@pytest.mark.parametrize("padded", [False, True])
+def test_export_as_peft_reads_back(uneven, tmp_path, capsys, padded):
+    peft = pytest.importorskip("peft", reason="peft is not installed: no comparison with its LoRA")
+    to = tmp_path / "peft"
+    hydra.export(uneven, "peft", to, padded=padded)
+    assert "largest rank is 14" in capsys.readouterr().out
+    readme = (to / "README.md").read_text()
+    assert "peft.PeftModel" in readme and "transformers.LlamaForCausalLM" in readme
+    assert all(path.stat().st_mode & 0o044 for path in to.iterdir())  # as the umask says
+    config = json.loads((to / "adapter_config.json").read_text())
+    ranks = {len(tensor) for name, tensor in load_file(to / "adapter_model.safetensors").items() if "lora_A" in name}
+    if padded:
+        assert ranks == {14} == {config["r"]} and "rank_pattern" not in config
+    else:
+        assert ranks == set(range(1, 15)) and config["rank_pattern"].keys() == config["alpha_pattern"].keys()
+        assert config["rank_pattern"]["model.layers.0.self_attn.q_proj"] == 1
+    model, tokenizer = hydra.load_checkpoint(uneven)
     llm = LlamaForCausalLM.from_pretrained(config["base_model_name_or_path"])
-    ours.llm = peft.PeftModel.from_pretrained(llm, tmp_path / "peft").eval().base_model.model
-    assert torch.allclose(logits_of(ours, tokenizer), expected, atol=1e-5)
+    model.llm = peft.PeftModel.from_pretrained(llm, to).eval().base_model.model
+    assert agree((model, tokenizer), uneven)
 
 
-@pytest.fixture(scope="session")
-def published(tmp_path_factory):
-    """A small LLaMA in MobileLLaMA's layout: tokenizer.model alone, sharded fp16 .bin, a config of transformers 4."""
-    folder = tmp_path_factory.mktemp("published") / "MobileLLaMA"
+def test_models_that_were_moved_or_stretched(world, uneven, tmp_path):
+    """A CLIP that is gone is named, and another accepted; an export and its CLIP can be moved together."""
+    gone = edited(uneven, tmp_path / "gone", vision_tower="/nowhere/clip")
+    image = str(world / "images" / "00000.png")
+    with pytest.raises(data.Mistake, match="config.json: its vision_tower is not at /nowhere/clip"):
+        hydra.chat(gone, image, "What?")
+    hydra.chat(gone, image, "What?", 2, vision_tower=world / "clip")
+    shutil.copytree(world / "clip", tmp_path / "both" / "clip")
+    hydra.export(gone, "mobilevlm", tmp_path / "both" / "vlm", vision_tower=tmp_path / "both" / "clip")
+    (tmp_path / "both").rename(tmp_path / "elsewhere")
+    assert agree(tmp_path / "elsewhere" / "vlm", uneven)
+    with pytest.raises(data.Mistake, match="config.json: its model is not at /nowhere/llm"):
+        hydra.load_checkpoint(edited(uneven, tmp_path / "no llm", model="/nowhere/llm"))
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}  # goes through an export, too
+    llm = edited(world / "llm", tmp_path / "llm", rope_parameters=rope)
+    scaled = edited(uneven, tmp_path / "run", model=str(llm))
+    hydra.export(scaled, "mobilevlm", tmp_path / "vlm")
+    assert agree(tmp_path / "vlm", scaled) and not agree(scaled, uneven)
+
+
+@needs_reference
+def test_published_layout_goes_through_both_stages_and_out(run, tmp_path):
+    """A small LLaMA as MobileLLaMA is: tokenizer.model alone, sharded fp16 .bin, a config of transformers 4."""
+    folder = tmp_path / "MobileLLaMA"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((REFERENCE / "golden" / "llama_tokenizer.model").read_bytes())
     config = dict(
         model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-6,
-        rope_scaling=None, pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_act="silu", torch_dtype="float16",
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, rms_norm_eps=1e-6, rope_scaling=None, hidden_act="silu", torch_dtype="float16",
     )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder / "config.json", config)
     torch.manual_seed(0)
-    state = {name: tensor.half() for name, tensor in LlamaForCausalLM(LlamaConfig.from_dict(config)).state_dict().items()}
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as older versions wrote it
+    llm = LlamaForCausalLM(LlamaConfig.from_dict(config)).half()
+    state = llm.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # as older versions did
     files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
     for file in set(files.values()):
         torch.save({name: tensor for name, tensor in state.items() if files[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return folder
+    write(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files})
 
-
-@needs_reference
-def test_published_layout_goes_through_both_stages_and_out(world, published, tmp_path, monkeypatch):
-    def run(stage, name, **changed):
-        changed = dict(model=published, max_steps=1, questions=None, method="lora", out=tmp_path / name) | changed
-        run_here(monkeypatch, *flags(world, tmp_path, stage, **changed))
+    def config_of(stage, name, **changed):
+        changed = dict(model=folder, stage1=tmp_path / "stage1", max_steps=1, questions=None, method="lora") | changed
+        run(stage, out=tmp_path / name, **changed)
         return hydra.read_config(tmp_path / name)
 
-    run(1, "stage1")
-    run(2, "stage2")
+    config_of(1, "stage1")
+    config_of(2, "stage2")
     model, tokenizer = hydra.load_checkpoint(tmp_path / "stage2")
     assert model.llm.dtype == torch.float32 and tokenizer(" Hello", add_special_tokens=False).input_ids == [15043]
-    vlm = tmp_path / "vlm"
-    command(HERE / "hydra.py", "export", tmp_path / "stage2", "--format", "mobilevlm", "--to", vlm, "--dtype", "float16")
-    assert (vlm / "tokenizer.model").is_file() and (vlm / "tokenizer_config.json").is_file()
+    vlm = tmp_path / "mobilevlm"
+    for format in ("hf", "mobilevlm"):
+        hydra.export(tmp_path / "stage2", format, tmp_path / format, dtype="float16")
+        assert (tmp_path / format / "tokenizer.model").is_file()
+        assert json.loads((tmp_path / format / "tokenizer_config.json").read_text())["add_bos_token"] is True
+        assert LlamaTokenizer.from_pretrained(tmp_path / format)("Hello").input_ids == [1, 15043]
     # what has a projector needs no stage 1 before stage 2: a MobileVLM, a stage 1 as the model, a file
-    assert run(2, "on a MobileVLM", model=vlm, stage1=None)["model"] == str(vlm)
-    assert run(2, "on stage 1", model=tmp_path / "stage1", stage1=None)["model"] == str(published)
-    torch.save(hydra.build_projector("ldpnetv2", 24, 32).state_dict(), tmp_path / "mm_projector.bin")
-    assert run(2, "on a file", projector=tmp_path / "mm_projector.bin", stage1=None)["projector"] == "ldpnetv2"
+    assert config_of(2, "on a MobileVLM", model=vlm, stage1=None)["model"] == str(vlm)
+    assert config_of(2, "on stage 1", model=tmp_path / "stage1", stage1=None)["model"] == str(folder)
+    file = tmp_path / "mm_projector.bin"
+    torch.save(hydra.build_projector("ldpnetv2", 24, 32).state_dict(), file)
+    assert config_of(2, "on a file", projector=file, stage1=None)["projector"] == "ldpnetv2"
     with pytest.raises(data.Mistake, match="has been through stage 2; first: python hydra.py export"):
-        run(2, "on stage 2", model=tmp_path / "stage2", stage1=None)
-
-
-@pytest.fixture(scope="session")
-def two(world, stage1):
-    """A finished stage 2 of two processes."""
-    words = flags(world, stage1, out=stage1 / "two", per_device_train_batch_size=2, save_steps=3, keep=3)
-    command(HERE / "train.py", *words, processes=2)
-    command(HERE / "train.py", *words, "--resume", processes=2)  # of a finished run: evaluates again, changes nothing
-    return stage1 / "two"
-
-
-def test_two_processes_equal_one(world, stage1, stage2, two):
-    assert [path.name for path in hydra.list_checkpoints(two)] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
-    moved = shutil.copytree(two, stage1 / "moved")  # from two processes to one, half way
-    for step in (9, 12):
-        shutil.rmtree(moved / f"checkpoint-{step}")
-    command(HERE / "train.py", *flags(world, stage1, out=moved), "--resume")
-    one, config_one = final_state(stage2)
-    for other, config_other in map(final_state, (two, moved)):
-        assert config_one["ranks"] == config_other["ranks"]
-        for name in one:
-            assert torch.allclose(one[name], other[name], atol=2e-4), name
-    losses = [[entry[key] for entry in results(out)[0] for key in ("held_out_loss", "probe_loss") if key in entry] for out in (stage2, two, moved)]
-    assert len(losses[0]) >= 7 and np.allclose(losses, losses[0], rtol=1e-4)
-
-
-def test_gradient_does_not_depend_on_the_split(world, stage1):
-    """Processes × passes: one incomplete global batch of images and text alone, so that some processes see no image.
-
-    After one step Adam's first moment is a tenth of the gradient.
-    """
-    moments = []
-    for processes, passes in ((1, 8), (2, 4), (4, 2)):
-        out = stage1 / f"split-{processes}"
-        words = flags(world, stage1, out=out, max_steps=1, global_batch_size=96, per_device_train_batch_size=12, method="lora",
-                      gradient_accumulation_steps=passes, max_grad_norm=1e30, questions=None)  # fmt: skip
-        command(HERE / "train.py", *words, processes=processes)
-        state = torch.load(hydra.find_checkpoint(out) / "trainer.pt", weights_only=True)["optimizer"]["state"]
-        moments.append(torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
-    for other in moments[1:]:
-        assert (other - moments[0]).norm() <= 1e-6 * moments[0].norm()
-
-
-def results(out):
-    """What a run leaves, but for its speed: log, weights, ranks."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    state, config = final_state(out)
-    return [{k: v for k, v in entry.items() if k not in ("tokens_per_s", "result")} for entry in log], {k: v.tolist() for k, v in state.items()}, config["ranks"]
-
-
-MOMENTS = {  # of the log's lines, before and now
-    "a step": lambda out, before, now: now.count("\n") != before.count("\n"),
-    "a save": lambda out, before, now: any(out.glob("*.unfinished")),
-    "a rank event": lambda out, before, now: now.count('"choice"') > before.count('"choice"'),
-    "any time": lambda out, before, now: True,
-}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(world, stage1):
-    """The flags and the result of a run over an epoch's end, with rank events, dropout and accumulation."""
-    words = flags(world, stage1, epochs=2, max_steps=15, lora_dropout=0.1, save_steps=1)
-    command(HERE / "train.py", *words, "--out", stage1 / "undisturbed")
-    return words, results(stage1 / "undisturbed")
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
-    """HYDRA_KILLS=10 pytest -k killed: so many of each signal at random moments, each followed by a resume."""
-    rng, out, (words, expected) = random.Random(int(number)), stage1 / f"killed-{number}", undisturbed
-    words = [str(word) for word in (sys.executable, HERE / "train.py", *words, "--out", out, "--resume")]
-
-    def log():
-        return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
-
-    for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
-        moment, later, before = rng.choice(sorted(MOMENTS)), rng.uniform(0, 0.2), log()
-        process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not MOMENTS[moment](out, before, log()):
-            time.sleep(0.0005)
-        time.sleep(later * (moment != "a save"))
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        # before it has said a word nothing has begun
-        assert process.returncode == (-number if number == signal.SIGKILL or not output else 0), output + errors
-        assert process.returncode or "go on with --resume" in output or "next: python hydra.py chat" in output
-        assert not hydra.find_checkpoint(out) or final_state(out)  # what it left can be read
-    command(*words[1:])
-    assert results(out) == expected
-
-
-def workers_of(process):
-    """Process ids of torchrun's workers, once both train."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-@pytest.mark.parametrize("number, restarts", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGTERM, 0)])
-def test_a_signal_to_one_of_two_processes(world, stage1, two, number, restarts):
-    """SIGTERM stops both, saved, with exit code 0; SIGKILL ends both with a message, or torchrun starts both anew."""
-    out = stage1 / f"two-{number}-{restarts}"
-    words = flags(world, stage1, out=out, per_device_train_batch_size=2, save_steps=1) + ["--resume"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", str(restarts)]
-    process = subprocess.Popen([*launcher, str(HERE / "train.py"), *words], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    while process.poll() is None and not hydra.list_checkpoints(out):
-        time.sleep(0.01)
-    os.kill(workers_of(process)[1], number)
-    output = process.communicate(timeout=120 if restarts else 60)[0]
-    died = number == signal.SIGKILL and not restarts
-    assert process.returncode == died, output
-    assert ("stopped by a signal" in output, "Signal 9 (SIGKILL) received" in output) == (number == signal.SIGTERM, died)
-    command(HERE / "train.py", *words, processes=2)  # goes on; after a restart it is finished, and evaluates again
-    assert results(out)[1:] == results(two)[1:]
-
-
-def test_a_full_disk_leaves_whole_checkpoints(world, stage1, undisturbed):
-    """Full when the file-size limit is reached: an error in one line, and the run resumes to the same result."""
-    (words, expected), out = undisturbed, stage1 / "full"
-    words = [sys.executable, HERE / "train.py", *words, "--out", out, "--resume"]
-    size = (hydra.find_checkpoint(stage1 / "undisturbed") / "trainer.pt").stat().st_size
-    for limit in (size - 2000, 2000):  # of a checkpoint's last file; of config.json, later the log
-        full = subprocess.run(["bash", "-c", f"ulimit -f {limit // 1024}; exec \"$@\"", "-", *map(str, words)], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert full.returncode == 2 and full.stderr.strip().splitlines()[-1].startswith("train.py: error: "), full.stderr
-        assert "File too large" in full.stderr and "Traceback" not in full.stderr
-    command(*words[1:])
-    assert results(out) == expected
-
-
-def test_a_step_without_a_finite_gradient_is_left_out(world, stage1, monkeypatch):
-    forward, calls = hydra.HydraVLM.forward, []
-
-    def broken(self, *args, **kwargs):
-        loss, count = forward(self, *args, **kwargs)
-        calls.extend([1] * self.training)
-        return loss * (math.inf if self.training and len(calls) in (3, 8) else 1), count
-
-    monkeypatch.setattr(hydra.HydraVLM, "forward", broken)
-    run_here(monkeypatch, *flags(world, stage1, out=stage1 / "left-out"))
-    log = results(stage1 / "left-out")[0]
-    assert [entry.get("skipped_steps", 0) for entry in log if "lr" in entry] == [1, 2, 2, 2, 2, 2]
-    assert all(math.isfinite(entry["loss"]) for entry in log if "lr" in entry)
-
-
-def test_ranks_that_differ_between_processes_stop_the_run(world, stage1, monkeypatch):
-    gather = train.gather
-    monkeypatch.setattr(train, "gather", lambda values: [*gather(values), *["another"] * (len(values) == 1 and "probes" in str(values[0]))])
-    with pytest.raises(data.Mistake, match="step 1: ranks differ between processes"):
-        run_here(monkeypatch, *flags(world, stage1, out=stage1 / "differ"))
-
-
-def test_files_have_the_umask_and_their_place(world, stage1, stage2, tmp_path):
-    (tmp_path / "cwd").mkdir()
-    words = [*flags(world, stage1, out=tmp_path / "out", max_steps=3)]
-    script = 'umask 027; python "$0" "$@"'
-    for program, arguments in (("train.py", words), ("hydra.py", ["export", stage2, "--format", "mobilevlm", "--to", tmp_path / "to"])):
-        subprocess.run(["bash", "-c", script, HERE / program, *map(str, arguments)], cwd=tmp_path / "cwd", check=True, capture_output=True,
-                       env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"})  # fmt: skip
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.relative_to(tmp_path).parts[0] for path in written} == {"out", "to"}
-    assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o640"}
-
-
-def test_eval_answers_and_scores(world, stage2, tmp_path):
-    words = ["--stage", "eval", "--checkpoint", stage2, "--benchmark", "vqa", "--questions", world / "questions.jsonl",
-             "--images", world / "images", "--answers", tmp_path / "answers.jsonl"]  # fmt: skip
-    output = command(HERE / "train.py", *words, processes=2)
-    assert "48 questions, 0 answered before" in output and "accuracy" in output
-    content = (tmp_path / "answers.jsonl").read_bytes()
-    assert {json.loads(line)["model_id"] for line in content.splitlines()} == {str(hydra.find_checkpoint(stage2))}
-    (tmp_path / "answers.jsonl").write_bytes(content[: len(content) // 2])  # as a kill would
-    output = command(HERE / "train.py", *words)
-    assert "0 answered before" not in output
-
-    def texts(content):
-        return [(answer["question_id"], answer["text"]) for answer in map(json.loads, content.splitlines())]
-
-    assert sorted(texts((tmp_path / "answers.jsonl").read_bytes())) == sorted(texts(content))
-
-
-def test_show_marks_what_is_masked(world):
-    output = command(HERE / "data.py", "show", "--data", world / "instruct.json", "--images", world / "images", "--tokenizer", world / "llm")
-    assert "USER:" in output and "<image>" in output
+        config_of(2, "on stage 2", model=tmp_path / "stage2", stage1=None)
 
 
 # ---------------------------------------------------------------------------------------------
 # benchmarks
 
 
-def write(path, content):
-    """Content as JSON, a list as JSON lines for .jsonl, text as it is; returns the path."""
-    if path.suffix == ".jsonl":
-        content = "".join(json.dumps(row) + "\n" for row in content)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
 def answers_to(questions, *texts):
     """Answers in LLaVA's format."""
-    return [{"question_id": q["question_id"], "prompt": q["text"], "text": text} for q, text in zip(questions, texts, strict=True)]
+    pairs = zip(questions, texts, strict=True)
+    return [{"question_id": q["question_id"], "prompt": q["text"], "text": text} for q, text in pairs]
 
 
 @needs_reference
@@ -1021,43 +1110,58 @@ def test_vqa_and_gqa_match_exactly(tmp_path):
 
 def test_sqa_reads_letters(tmp_path):
     labels = ["The answer is A.", "B", "C", "A", "B"]
-    records = [{"id": str(i), "conversations": turns(("human", "<image>\nWhich?\nA. x"), ("gpt", label))} for i, label in enumerate(labels)]
-    records[0]["image"] = records[2]["image"] = "i.png"
+    images = [{"image": "i.png"}, {}, {"image": "i.png"}, {"image": None}, {"image": ""}]
+    records = [
+        {"id": str(i), "conversations": turns("<image>\nWhich?\nA. x", label)} | image
+        for i, (label, image) in enumerate(zip(labels, images))
+    ]
     questions = data.read_benchmark("sqa", write(tmp_path / "q.json", records))
     assert questions[0]["text"] == "Which?\nA. x\nAnswer with the option's letter from the given choices directly."
     assert [q["image"] for q in questions] == ["i.png", None, "i.png", None, None]
     scores = data.score("sqa", questions, answers_to(questions, "A", "B. y", "I think C", "So The answer is A.", "b"))
     assert scores == {"accuracy": 3 / 5, "accuracy with image": 1 / 2}
-    assert [data.sqa_letter(text) for text in ("A.", "B.\nx", "F", "E", "The answer is C", "C. d")] == ["", "", "", "E", "", "C"]
-    assert [data.letter(text) for text in ("Apple", "A.", "A.b", "The answer is A. The answer is B.", "")] == ["", "A", "", "", ""]
+    with pytest.raises(data.Mistake, match="record 1 is not"):
+        data.read_benchmark("sqa", write(tmp_path / "q.json", [records[0], records[1] | {"image": 5}]))
 
 
-@pytest.mark.parametrize("text, plain", [
-    ("The Two, cats.", "2 cats"), ("1,000.50", "1000.50"), ("Bob's", "bob 's"), ("dont", "don't"), ("couldnt've", "couldn't've"),
-    ("a/b", "b"), ("x /b-c", "x b c"), ("None", "0"), ("somebody'd", "somebodyd"), ("what?\nno", "what no"),
+@pytest.mark.parametrize("benchmark, read, not_read", [
+    ("sqa", ["E", "C. d", "x The answer is D."], ["A.", "B.\nx", "F", "The answer is C", "e"]),
+    ("mmbench", ["A.", "A", "B. cat"], ["Apple", "A.b", "The answer is A. The answer is B.", ""]),
 ])  # fmt: skip
-def test_textvqa_normal_form(text, plain):
-    assert data.plain_words(text) == plain
+def test_letters_are_read_as_the_scripts_do(benchmark, read, not_read):
+    for text in read + not_read:
+        label = next((letter for letter in text if letter in "ABCDE"), "E")
+        question = {"question_id": 0, "image": None, "text": "", "label": label}
+        assert data.score(benchmark, [question], answers_to([question], text))["accuracy"] == (text in read), text
 
 
 def test_textvqa_scores_against_ten_people(tmp_path):
     suffix = "\nReference OCR token: A, B\nAnswer the question using a single word or phrase."
     rows = [{"question_id": "x", "image": "x.jpg", "text": text + suffix} for text in ("What?", "Who is it?")]
     people = [["cola"] * 3 + ["Cola."] + ["pepsi"] * 6, ["two"] + ["3"] * 9]
-    annotations = {"data": [{"image_id": "x", "question": q, "answers": a} for q, a in zip(("what?", "Who is it?"), people)]}
-    questions = data.read_benchmark("textvqa", write(tmp_path / "q.jsonl", rows), write(tmp_path / "a.json", annotations))
+    asked = zip(("what?", "Who is it?"), people)
+    annotations = {"data": [{"image_id": "x", "question": question, "answers": answers} for question, answers in asked]}
+    files = write(tmp_path / "q.jsonl", rows), write(tmp_path / "a.json", annotations)
+    questions = data.read_benchmark("textvqa", *files)
     answers = answers_to(questions, "the Cola", "2")[::-1]  # matched by their prompts
     # 4 of 10 agree: 1 from all ten; 1 of 10: a third from nine, nothing from the one
     assert data.score("textvqa", questions, answers) == pytest.approx({"accuracy": (1 + 0.3) / 2})
+    for text, plain in {
+        "The Two, cats.": "2 cats", "1,000.50": "1000.50", "Bob's": "bob 's", "dont": "don't", "couldnt've": "couldn't've",
+        "a/b": "b", "x /b-c": "x b c", "None": "0", "somebody'd": "somebodyd", "what?\nno": "what no",
+    }.items():  # fmt: skip
+        question = questions[0] | {"label": [plain] * 10}
+        assert data.score("textvqa", [question], answers_to([question], text)) == {"accuracy": 1}, text
 
 
 def test_mme_adds_accuracy_and_both_right(tmp_path):
     rows = [{"question_id": f"{category}/{i}.png", "image": f"{category}/{i}.png", "category": category,
              "text": f"Is it {what}?\nAnswer the question using a single word or phrase."}
             for category in ("count", "code_reasoning") for i in (1, 2) for what in ("x", "y")]  # fmt: skip
+    asked = [(i, what, label) for i in (1, 2) for what, label in (("x", "Yes"), ("y", "No"))]
+    table = "".join(f"{i}.txt\tIs it {what}?  Please answer yes or no.\t{label}\n" for i, what, label in asked)
     for category in ("count", "code_reasoning"):
-        lines = [f"{i}.txt\tIs it {what}?  Please answer yes or no.\t{label}\n" for i in (1, 2) for what, label in (("x", "Yes"), ("y", "No"))]
-        write(tmp_path / f"{category}.txt", "".join(lines))
+        write(tmp_path / f"{category}.txt", table)
     questions = data.read_benchmark("mme", write(tmp_path / "q.jsonl", rows), tmp_path)
     texts = ["Yes", "no", "Yes, it is", "I say no", "No", "yes", "yes", "Nope"]
     scores = data.score("mme", questions, answers_to(questions, *texts))
@@ -1066,94 +1170,115 @@ def test_mme_adds_accuracy_and_both_right(tmp_path):
         data.score("mme", questions[1:], answers_to(questions, *texts)[1:])
 
 
-def test_mmbench_reads_the_table_and_counts_rotations(tmp_path):
-    header = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
-    table = header + "7\tWhich?\tLook.\tcat\tdog\t\tnan\tA\taGk=\n1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\taGk=\n"
-    questions = data.read_benchmark("mmbench", write(tmp_path / "q.tsv", table))
-    assert questions[0]["text"] == "Look.\nWhich?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
+@pytest.mark.parametrize("benchmark, instruction", [
+    ("mmbench", "Answer with the option's letter from the given choices directly."), ("mmbench_cn", "请直接回答选项字母。"),
+])  # fmt: skip
+def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instruction):
+    table = ("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tnan\tA\taGk=\n"
+             "1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\taGk=\n")  # fmt: skip
+    questions = data.read_benchmark(benchmark, write(tmp_path / "q.tsv", table))
+    assert questions[0]["text"] == f"Look.\nWhich?\nA. cat\nB. dog\n{instruction}"
     assert questions[1]["image"].endswith(",aGk=") and questions[1]["text"].startswith("Which?\nA. dog")
-    assert data.score("mmbench", questions, answers_to(questions, "A. cat", "A", "D")) == {"accuracy": 2 / 3, "circular accuracy": 1 / 2}
-    for text, message in [(table.replace("hint", "hints"), "no column hint"), (table + "9\tWho?\n", "row 4 has more or fewer columns")]:
+    scores = data.score(benchmark, questions, answers_to(questions, "A. cat", "A", "D"))
+    assert scores == {"accuracy": 2 / 3, "circular accuracy": 1 / 2}
+    for text, message in [(table.replace("hint", "x"), "no column hint"), (table + "9\tWho?\n", "row 4 has more or")]:
         with pytest.raises(data.Mistake, match=message):
-            data.read_benchmark("mmbench", write(tmp_path / "bad.tsv", text))
+            data.read_benchmark(benchmark, write(tmp_path / "bad.tsv", text))
 
 
-def test_answers_must_match_the_questions(tmp_path):
-    questions = [{"question_id": i, "image": "i", "text": "What?", "label": "x"} for i in range(4)]
-    answers = answers_to(questions, "x", "x", "x", "x")
+QUESTIONS = [{"question_id": i, "image": "i", "text": "What?", "label": "x"} for i in range(4)]
+
+
+def test_answers_and_labels_must_match_the_questions(tmp_path):
+    answers = answers_to(QUESTIONS, "x", "x", "x", "x")
     with pytest.raises(data.Mistake, match="3 questions have no answer"):
-        data.score("vqa", questions, answers[:1])
+        data.score("vqa", QUESTIONS, answers[:1])
     for wrong in (answers[:1], [answers[0] | {"question_id": 9}]):
         with pytest.raises(data.Mistake, match="1 answers belong to no question or come twice, e.g. question_id [09]"):
-            data.score("vqa", questions, answers + wrong)
-    with pytest.raises(data.Mistake, match="4 questions share their question_id"):
-        data.read_benchmark("vqa", write(tmp_path / "twice.jsonl", 2 * questions[:2]))
+            data.score("vqa", QUESTIONS, answers + wrong)
+    questions, annotations = write(tmp_path / "q.jsonl", QUESTIONS), write(tmp_path / "a.json", {"2": {"answer": "x"}})
     with pytest.raises(data.Mistake, match="3 questions have an unknown category, or no label"):
-        data.read_benchmark("gqa", write(tmp_path / "q.jsonl", questions), write(tmp_path / "a.json", {"2": {"answer": "x"}}))
-    for odd in ({"category": 5}, {"text": " "}):
-        with pytest.raises(data.Mistake, match="1 questions have no text, or a category that is not text"):
-            data.read_benchmark("vqa", write(tmp_path / "odd.jsonl", [questions[0], questions[1] | odd]))
-    with pytest.raises(data.Mistake, match="line 2 lacks the text 'label'"):
-        data.read_benchmark("vqa", write(tmp_path / "q.jsonl", [questions[0], {"question_id": 1, "image": "i", "text": "What?"}]))
+        data.read_benchmark("gqa", questions, annotations)
+
+
+@pytest.mark.parametrize("rows, message", [
+    (2 * QUESTIONS[:2], "4 questions share their question_id"),
+    ([QUESTIONS[0], QUESTIONS[1] | {"category": 5}], "1 questions have no text, or a category that is not text"),
+    ([QUESTIONS[0], QUESTIONS[1] | {"text": " "}], "1 questions have no text, or a category that is not text"),
+    ([QUESTIONS[0], {"question_id": 1, "image": "i", "text": "What?"}], "line 2 lacks the text 'label'"),
+    ([QUESTIONS[0] | {"text": "Is it \udc80?"}], "half of a surrogate pair"),
+])  # fmt: skip
+def test_bad_questions(tmp_path, rows, message):
+    with pytest.raises(data.Mistake, match=message):
+        data.read_benchmark("vqa", write(tmp_path / "q.jsonl", rows))
 
 
 def test_a_cut_answers_file(tmp_path):
-    questions = write(tmp_path / "q.jsonl", [{"question_id": i, "image": "i", "text": "What?", "label": "ä"} for i in (0, 1)])
-    answers = write(tmp_path / "a.jsonl", answers_to(data.read_benchmark("vqa", questions), "ä", "b"))
+    questions = write(tmp_path / "q.jsonl", [QUESTIONS[0] | {"label": "ä"}, QUESTIONS[1]])
+    answers = write(tmp_path / "a.jsonl", answers_to(QUESTIONS[:2], "ä", "b"))
     words = [HERE / "data.py", "score", "vqa", "--answers", answers, "--questions", questions]
     assert "accuracy                  0.5000    50.00 %" in command(*words)
     answers.write_bytes(answers.read_bytes()[:-10])
     output = command(*words, code=2)
     assert "line 2, the last, is cut short" in output and len(output.splitlines()) == 1
-    rest = data.read_answers(answers, cut=True)
-    assert [answer is None for _, answer in data.join_answers("vqa", data.read_benchmark("vqa", questions), rest)] == [False, True]
+    joined = data.join_answers("vqa", data.read_benchmark("vqa", questions), data.read_answers(answers, cut=True))
+    assert [answer is None for _, answer in joined] == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------
 # bad input: one line that names it, exit code 2
 
 
-def record(**changed):
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dot."}]
-    return {"id": "r", "image": "00000.png", "conversations": turns} | changed
-
-
-def turns(*pairs):
-    return [{"from": speaker, "value": value} for speaker, value in pairs]
-
-
 @pytest.mark.parametrize("content, message", [
     ({"a": 1}, "list of records"),
     ([], "list of records"),
     ("not json", "not valid JSON"),
+    ('{"conversations": "x"}', r"records.json.*has no list 'conversations'"),
+    ('[{"a": 1}]\n]', "records.json: is not valid JSON"),
+    ('{"a": 1}\n{"b"', "records.json: line 2.* is not valid JSON"),
+    ('[{"id": "\ud83d', "is not valid JSON"),
+    ("[" * 100_000, "is not valid JSON"),
     ([record(conversations=None)], r"record 0 \(r\): has no list 'conversations'"),
-    ([record(conversations=turns(("robot", "<image>"), ("gpt", "x")))], "unknown speaker 'robot'"),
-    ([record(conversations=turns(("human", "What?"), ("gpt", "x")))], "has an image and 0 <image>"),
-    ([record(conversations=turns(("human", "<image><image>"), ("gpt", "x")))], "has an image and 2 <image>"),
-    ([record(conversations=turns(("human", "What?"), ("gpt", "<image>")))], "has <image> in an answer"),
+    ([record(conversations=[{"from": "robot", "value": "x"}])], "unknown speaker 'robot'"),
+    ([record(conversations=turns("What?", "x"))], "has an image and 0 <image>"),
+    ([record(conversations=turns("<image><image>", "x"))], "has an image and 2 <image>"),
+    ([record(conversations=turns("What?", "<image>"))], "has <image> in an answer"),
+    ([record(conversations=turns("<image>", "a \ud83d b"))], "half of a surrogate pair"),
+    ([record(conversations=2 * turns("<image>"))], "take turns"),
     ([{"id": "r", "conversations": record()["conversations"]}], "no field 'image'"),
-    ([record(image="nowhere.png"), record(image=7)], r"(?s)nowhere.png does not exist.*records.json: 2 of 2 records are wrong"),
+    ([record(image="nowhere.png"), record(image=7)], r"(?s)nowhere.png does not exist.*2 of 2 records are wrong"),
     ([record(image="../00000.png")], "not the name of a file inside the image folder"),
-    ([record(conversations=turns(("human", "<image>"), ("human", "x")))], "take turns"),
 ])  # fmt: skip
 def test_bad_records(world, tmp_path, content, message):
-    path = tmp_path / "records.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "records.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(data.Mistake, match=message):
-        data.read_records(path, world / "images")
+        data.read_records(tmp_path / "records.json", world / "images")
 
 
-def test_bad_images(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "text.jpg").write_text("no picture")
-    Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
-    os.symlink(tmp_path / "outside.png", tmp_path / "folder" / "link.png")
-    for name, message in [("text.jpg", "text.jpg: cannot be read"), ("no.jpg", "no such image"), ("../outside.png", "outside"), ("link.png", "outside")]:
-        with pytest.raises(data.Mistake, match=message):
-            data.open_image(tmp_path / "folder", name)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 × 64 now counts as a decompression bomb
-    with pytest.raises(data.Mistake, match="outside.png: cannot be read"):
-        data.open_image(tmp_path, "outside.png")
+def test_records_as_users_write_them(tmp_path):
+    """JSON lines in a .json; images that are none, absolute, through links, beside a link to itself, of odd names."""
+    images, link, odd = tmp_path / "images", tmp_path / "link", b"caf\xe9.png".decode(errors="surrogateescape")
+    images.mkdir()
+    for name in ("a.png", odd):
+        Image.new("RGB", (8, 8)).save(images / name)
+    link.symlink_to(images)
+    (images / "loop").symlink_to(images / "loop")
+    text = turns("What?", "x")
+    rows = [record(image=None, conversations=text), record(image="", conversations=text)]
+    rows += [record(image=str(name)) for name in (images / "a.png", link / "a.png", odd)]
+    lines = write(tmp_path / "r.json", "".join(json.dumps(row) + "\n" for row in rows))
+    records = data.read_records(lines, link)
+    assert [row.get("image") for row in records] == [None, None, "a.png", "a.png", odd]
+    assert data.fingerprint(records) != data.fingerprint(records[::-1])
+    assert data.fingerprint(records) == data.fingerprint(json.loads(json.dumps(records)))
+    (only,) = data.read_records(write(tmp_path / "r.json", json.dumps(rows[2]) + "\n"), images)
+    assert only["image"] == "a.png"
+    (tmp_path / "disk").mkdir()
+    shutil.copy(images / "a.png", tmp_path / "disk")
+    (images / "vg").symlink_to(tmp_path / "disk")
+    with pytest.raises(data.Mistake, match="leaves .*images through a link"):
+        data.read_records(write(tmp_path / "r.json", [record(image="vg/a.png")]), images)
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -1164,26 +1289,118 @@ def test_bad_images(tmp_path, monkeypatch):
     (dict(lora_dropout=1.5), "--lora_dropout 1.5: give a share below 1"),
     (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
     (dict(lora_rank=33), "rank 33 for a linear of 32 -> 32: use 1 to 32"),
-    (dict(stage1="nowhere"), "no checkpoint in nowhere; first run: torchrun train.py --stage 1 --model .* --out nowhere"),
+    (dict(stage1="nowhere"), "in nowhere; first run: torchrun train.py --stage 1 --model .* --out nowhere"),
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
     (dict(max_tokens_per_pass=0), "--max_tokens_per_pass 0: give a positive number"),
+    (dict(seed=2_000_000_000), "--seed 2000000000: give a number below"),
+    (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
+    (dict(out="caf\udce9"), "--out: holds half of a surrogate pair, or bytes that are no UTF-8"),
 ])  # fmt: skip
-def test_bad_flags(world, stage1, tmp_path, monkeypatch, changed, message):
+def test_bad_flags(run, changed, message):
     with pytest.raises(data.Mistake, match=message):
-        run_here(monkeypatch, *flags(world, stage1, **{"out": tmp_path / "out", **changed}))
+        run(**changed)
 
 
-def edited(folder, to, **changed):
-    """A copy of a model's folder with fields of config.json changed."""
-    shutil.copytree(folder, to)
-    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | changed))
-    return to
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR"])
+def test_a_part_of_what_torchrun_sets(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(data.Mistake, match=f"{name} is set, but not all that torchrun sets"):
+        train.set_up_processes()
 
+
+def test_a_run_is_not_overwritten_and_another_not_continued(run, world, tmp_path):
+    records = json.loads((world / "instruct.json").read_text())
+    changed = dict(data=write(tmp_path / "records.json", records), max_steps=3, questions=None)
+    run(**changed)
+    for other, message in [(dict(), "holds a run"), (dict(method="lora", resume=True), "--method hydra, not lora")]:
+        with pytest.raises(data.Mistake, match=message):
+            run(**changed, **other)
+    write(tmp_path / "records.json", records[::-1])
+    with pytest.raises(data.Mistake, match="the records of --data .*records.json are not those"):
+        run(**changed, resume=True)
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made by code"),)
+
+    torch.save({"progress": Code()}, hydra.find_checkpoint(tmp_path / "out") / "trainer.pt")
+    with pytest.raises(data.Mistake, match="trainer.pt: cannot be read"):
+        run(**changed, resume=True)
+    assert not (tmp_path / "made by code").exists()
+
+
+LONG = "Which of all the shapes in this image is the one that a child would draw first? " * 40
+
+
+def test_records_beyond_the_context_are_counted(run, world, tmp_path):
+    """In stage 1 those of several answers; the command at the end quotes the run's folder."""
+    captions, records = (json.loads((world / name).read_text()) for name in ("caption.json", "instruct.json"))
+    for row in captions[:3]:
+        row["conversations"] += turns("And?", "A line")
+    file, out = write(tmp_path / "records.json", captions), tmp_path / "Bob's run"
+    output = run(1, data=file, out=out, max_steps=1)
+    assert "3 of 92 records have more than one answer" in output
+    assert output.splitlines()[-1].endswith(shlex.join(["--stage1", str(out)]))
+    changed = dict(data=file, stage1=out, max_steps=1, questions=None)
+    for i, row in enumerate(records[:5]):  # three questions, two answers
+        row["conversations"][0 if i < 3 else 1]["value"] += LONG
+    write(file, records)
+    output = run(**changed)
+    assert "training: 5 of 92 records are cut at the context of 256 tokens; 3 have no target" in output
+    for row in records:
+        row["conversations"][0]["value"] += LONG
+    write(file, records)
+    with pytest.raises(data.Mistake, match="none of the 92 training records has an answer within the context of 256"):
+        run(**changed | {"out": tmp_path / "none"})
+
+
+def test_prompts_beyond_the_context_are_refused(run, world, stage2, tmp_path):
+    questions = data.read_json(world / "questions.jsonl")[:2]
+    questions[1]["text"] = LONG
+    questions = write(tmp_path / "q.jsonl", questions)
+    for changed in ({}, dict(stage="eval", checkpoint=stage2, benchmark="vqa", answers=tmp_path / "answers.jsonl")):
+        with pytest.raises(data.Mistake, match="--questions: 1 of 2 fill the context of 256 .* question_id 1"):
+            run(questions=questions, **changed)
+    for prompt, message in [(LONG, "--prompt: .* of a context of 256"), ("caf\udce9", "--prompt: holds half of a")]:
+        with pytest.raises(data.Mistake, match=message):
+            hydra.chat(stage2, str(world / "images" / "00000.png"), prompt)
+
+
+def test_a_broken_image_gives_its_place_to_the_next_record(run, world, stage1, pictures, tmp_path):
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copy(pictures / "empty.jpg", tmp_path / "images" / "00001.png")
+    shutil.copy(pictures / "cut.jpg", tmp_path / "images" / "00095.png")  # of the held-out part
+    changed = dict(images=tmp_path / "images", max_steps=None, epochs=2)
+    words = flags(world, stage1, **changed, out=tmp_path / "two", max_bad=0.015)  # one image, which is met twice
+    output = command(HERE / "train.py", *words, processes=2)
+    assert "image replaced by the next record's: record instruct-1:" in output and "left out: 1 broken images" in output
+    assert "held-out record left out: record instruct-95:" in output
+    with pytest.raises(data.Mistake, match="1 of 92 records have a broken image, more than --max_bad 0.001"):
+        run(**changed)
+
+
+def test_check_lists_what_is_wrong(pictures, tmp_path):
+    names = ["photo.jpg", "cut.jpg", "nowhere.jpg", "empty.jpg", "alpha.png"]
+    records = write(tmp_path / "records.json", [record(id=name, image=name) for name in names])
+    words = [HERE / "data.py", "check", "--data", records, "--images", pictures, "--workers", 2]
+    lines = command(*words, code=1).splitlines()
+    assert [line.split("\t")[1] for line in lines if "\t" in line] == ["cut.jpg", "nowhere.jpg", "empty.jpg"]
+    assert "3 of 5 records are wrong" in lines
+    process = start(*words, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `| head` does
+    assert process.wait(60) == 0 and "Error" not in process.stderr.read()
+
+
+def test_show_marks_what_is_masked_on_any_terminal(world, tmp_path):
+    records = write(tmp_path / "records.json", [record(conversations=turns("<image>\nCafé?", "東京", "And?", "No"))])
+    words = ["show", "--data", records, "--images", world / "images", "--tokenizer", world / "llm"]
+    output = command(HERE / "data.py", *words, env={"PYTHONIOENCODING": "ascii"})
+    assert "[<image>]" in output and r"Caf\xe9? ASSISTANT:] \u6771\u4eac</s>[" in output
 
 def test_bad_models(world, uneven, tokenizer, tmp_path):
-    state = load_file(world / "llm" / "model.safetensors")
-    short, long, cut, lies, other = (edited(world / "llm", tmp_path / name) for name in ("short", "long", "cut", "lies", "other"))
+    llm, state = world / "llm", load_file(world / "llm" / "model.safetensors")
+    short, long, cut, lies, other = (edited(llm, tmp_path / name) for name in ("short", "long", "cut", "lies", "other"))
     save_file({name: tensor for name, tensor in state.items() if name != "lm_head.weight"}, short / "model.safetensors")
     (long / "model.safetensors").unlink()
     torch.save(state | {"model.extra": torch.ones(3)}, long / "pytorch_model.bin")
@@ -1191,346 +1408,118 @@ def test_bad_models(world, uneven, tokenizer, tmp_path):
     (cut / "pytorch_model.bin").write_bytes((long / "pytorch_model.bin").read_bytes()[:5000])
     (lies / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     save_file({name: tensor + 0.01 for name, tensor in state.items()}, other / "model.safetensors")
-    torch.save(hydra.build_projector("ldpnetv2", 24, 40).state_dict(), tmp_path / "mm_projector.bin")
-    for arguments, message in [
-        ((short,), "lm_head.weight is missing"),
-        ((long,), r"model.extra is unexpected"),
-        ((cut,), "pytorch_model.bin: cannot be read"),
-        ((lies,), "model.safetensors: cannot be read"),
-        ((world / "llm", world / "clip", tmp_path / "mm_projector.bin"), r"mm_projector.bin: .* is \[40, 24\] in it, \[32, 24\] here"),
-        ((world / "llm", world / "clip", tmp_path / "no.bin"), "unknown projector .*no.bin"),
-        ((edited(world / "llm", tmp_path / "bert", model_type="bert"),), "is neither a LLaMA, a MobileVLM nor a checkpoint of train.py"),
-        ((edited(world / "llm", tmp_path / "vocab", vocab_size=1000),), "embed_tokens.weight.* is mismatched|lm_head.weight.* is mismatched"),
-        ((edited(world / "llm", tmp_path / "vlm", model_type="mobilevlm", image_aspect_ratio="pad"), world / "clip"), "model.mlp.1.weight is absent in it"),
-        ((edited(uneven, tmp_path / "moved", model=str(other)),), "was trained on another LLM or CLIP"),
-        ((edited(uneven, tmp_path / "scale", scale=None),), "config.json: scale is missing or damaged"),
-        ((world,), "no config.json"),
+    wide, file = tmp_path / "mm_projector.bin", tmp_path / "no.bin"
+    torch.save(hydra.build_projector("ldpnetv2", 24, 40).state_dict(), wide)
+    vlm = edited(llm, tmp_path / "vlm", model_type="mobilevlm", image_aspect_ratio="pad")
+    for folder, projector, message in [
+        (short, None, "lm_head.weight is missing"),
+        (long, None, "model.extra is unexpected"),
+        (cut, None, "pytorch_model.bin: cannot be read"),
+        (lies, None, "model.safetensors: cannot be read"),
+        (llm, wide, r"mm_projector.bin: .* is \[40, 24\] in it, \[32, 24\] here"),
+        (llm, file, "unknown projector .*no.bin"),
+        (edited(llm, tmp_path / "bert", model_type="bert"), None, "is neither a LLaMA, a MobileVLM nor a checkpoint"),
+        (edited(llm, tmp_path / "vocabulary", vocab_size=1000), None, "(embed_tokens|lm_head).weight.* is mismatched"),
+        (edited(llm, tmp_path / "context", max_position_embeddings=9), None, "context of 9, and an image takes 9"),
+        (edited(llm, tmp_path / "q", quantization_config={"bits": 4}), None, "quantized"),
+        (vlm, None, "model.mlp.1.weight is absent in it"),
+        (edited(vlm, tmp_path / "layer", mm_vision_select_layer=-1), None, "config.json: mm_vision_select_layer is -1"),
+        (edited(vlm, tmp_path / "ratio", image_aspect_ratio="square"), None, "config.json: image_aspect_ratio is 'sq"),
+        (edited(vlm, tmp_path / "start", mm_use_im_start_end=True), None, "config.json: mm_use_im_start_end is True"),
+        (edited(vlm, tmp_path / "merge", mm_patch_merge_type="spatial"), None, "config.json: mm_patch_merge_type is"),
+        (edited(uneven, tmp_path / "moved", model=str(other)), None, "was trained on another LLM or CLIP"),
+        (edited(uneven, tmp_path / "scale", scale=None), None, "config.json: scale is missing or damaged"),
+        (world, None, "no config.json"),
     ]:  # fmt: skip
         with pytest.raises(data.Mistake, match=message) as raised:
-            hydra.load_checkpoint(*arguments) if len(arguments) > 1 else hydra.load_checkpoint(*arguments, vision_tower=world / "clip")
+            hydra.load_checkpoint(folder, world / "clip", projector)
         assert "\n" not in str(raised.value)
     tokenizer.add_tokens(["<x>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(data.Mistake, match="tokenizer of .* ids for a model of"):
         hydra.load_llm(other)
-
-
-def test_a_run_is_not_overwritten_and_not_continued_as_another(world, stage1, stage2, monkeypatch):
-    for changed, message in [(dict(), "holds a run"), (dict(resume=True, method="lora"), "was run with --method hydra, not lora")]:
-        with pytest.raises(data.Mistake, match=message):
-            run_here(monkeypatch, *flags(world, stage1, out=stage2, **changed))
-
-
-def test_an_error_is_one_line_and_exit_code_2(world, tmp_path, monkeypatch):
-    for words in (
-        [HERE / "train.py", *flags(world, tmp_path)],
-        [HERE / "hydra.py", "chat", tmp_path, "--image", "x.png", "--prompt", "What?"],
-        [HERE / "data.py", "show", "--data", tmp_path / "no.json", "--images", tmp_path],
-        [HERE / "data.py", "bench", "--images", tmp_path],
-    ):
-        output = command(*words, code=2)
-        assert len([line for line in output.splitlines() if "error" in line]) == 1 and "Traceback" not in output
-    with pytest.raises(data.Mistake, match="--seed 2000000000: give a number below"):
-        run_here(monkeypatch, "--stage", "1", "--seed", "2000000000")
-    with pytest.raises(data.Mistake, match="unrecognized arguments: --lora_rnk"):
-        run_here(monkeypatch, "--stage", "1", "--lora_rnk", "4")
-
-
-# ---------------------------------------------------------------------------------------------
-# hostile files
-
-
-@pytest.mark.parametrize("name, content", [("deep.json", "[" * 100_000), ("deep.jsonl", "[" * 100_000), ("cut.json", '[{"id": "\ud83d')])
-def test_hostile_json(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(data.Mistake, match="is not valid JSON"):
-        data.read_json(tmp_path / name)
-
-
-def test_code_in_a_checkpoint_is_not_run(world, stage1, stage2, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "run"),)
-
-    folder = shutil.copytree(hydra.find_checkpoint(stage2), tmp_path / "hostile" / "checkpoint-12")
-    torch.save({"progress": Code()}, folder / "trainer.pt")
-    output = command(HERE / "train.py", *flags(world, stage1, out=tmp_path / "hostile"), "--resume", code=2)
-    assert "trainer.pt: cannot be read" in output and "Traceback" not in output and not (tmp_path / "run").exists()
-
-
-IMAGES = {
-    "grey.png": Image.new("L", (30, 20)), "palette.png": Image.new("P", (30, 20)), "alpha.png": Image.new("RGBA", (30, 20)),
-    "cmyk.jpg": Image.new("CMYK", (30, 20)), "deep.png": Image.new("I;16", (30, 20)), "dot.png": Image.new("RGB", (1, 1)),
-    "long.png": Image.new("RGB", (20_000, 10)), "photo.jpg": Image.effect_noise((90, 60), 80).convert("RGB"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, image in IMAGES.items():
-        image.save(folder / name)
-    IMAGES["photo.jpg"].save(folder / "moving.gif", save_all=True, append_images=[Image.new("RGB", (90, 60))])
-    (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("no picture")
-    (folder / "cut.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:-900])
-    return folder
-
-
-def test_pictures_of_all_kinds(pictures):
-    broken = []
-    for path in sorted(pictures.iterdir()):
-        try:
-            for mode in ("crop", "pad"):
-                assert data.image_to_tensor(data.open_image(pictures, path.name), 32, mode).isfinite().all()
-        except data.Mistake as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            broken.append(path.name)
-    assert broken == ["cut.jpg", "empty.jpg", "text.jpg"]
-
-
-@pytest.mark.parametrize("name", ["grey.tiff", "grey.png"])
-def test_16_bits_a_pixel_are_scaled(tmp_path, name):
-    Image.fromarray(np.uint16([[0, 32767, 65535]])).save(tmp_path / name)
-    assert np.abs(np.asarray(data.open_image(tmp_path, name))[0, :, 0].astype(int) - [0, 127, 255]).max() <= 1
-    Image.fromarray(np.float32([[0, 0.5]])).save(tmp_path / "float.tiff")
-    with pytest.raises(data.Mistake, match="float.tiff: has 32 bits a pixel"):
-        data.open_image(tmp_path, "float.tiff")
-
-
-@pytest.mark.parametrize("size", [(640, 480), (3000, 200), (200, 3001), (2900, 2800), (37, 900)])
-@pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_pixels_are_upstreams(size, mode):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image, (w, h), S = Image.fromarray(noise), size, 336
-    if mode == "pad":
-        square = Image.new("RGB", (max(size),) * 2, tuple(int(255 * m) for m in data.CLIP_MEAN))
-        square.paste(image, ((max(size) - w) // 2, (max(size) - h) // 2))
-        expected = square.resize((S, S), Image.Resampling.BICUBIC)
-    else:
-        W, H = S * w // min(size), S * h // min(size)
-        left, top = (W - S) // 2, (H - S) // 2
-        expected = image.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + S, top + S))
-    std, mean = (torch.tensor(values)[:, None, None] for values in (data.CLIP_STD, data.CLIP_MEAN))
-    pixels = (data.image_to_tensor(image, S, mode) * std + mean) * 255
-    assert (pixels - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs().max() <= 2.01
-
-
-def test_records_as_users_write_them(world, tmp_path):
-    rows = [record(id=1, image=None), record(id=2, image=""), record(id=3, image=str(world / "images" / "00000.png"))]
-    for row in rows[:2]:
-        row["conversations"] = turns(("human", "What?"), ("gpt", "x"))
-    path = tmp_path / "lines.json"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = data.read_records(path, world / "images")
-    assert [row.get("image") for row in rows] == [None, None, "00000.png"]
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "a.png")
-    (tmp_path / "images").mkdir()
-    os.symlink(tmp_path / "elsewhere", tmp_path / "images" / "vg")
-    path.write_text(json.dumps([record(image="vg/a.png")]))
-    with pytest.raises(data.Mistake, match="leaves .*images through a link"):
-        data.read_records(path, tmp_path / "images")
-    assert data.fingerprint(rows) != data.fingerprint(rows[::-1]) == data.fingerprint(json.loads(json.dumps(rows[::-1])))
+    clip = shutil.copytree(world / "clip", tmp_path / "clip")
+    steps = {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3, "do_normalize": True}
+    hydra.load_clip(write(clip / "preprocessor_config.json", steps).parent)
+    for key, value in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 2)):
+        write(clip / "preprocessor_config.json", steps | {key: value})
+        with pytest.raises(data.Mistake, match=f"preprocessor_config.json: {key} is"):
+            hydra.load_clip(clip)
 
 
 def test_one_owner_for_special_tokens(world, tmp_path):
-    folder = edited(world / "llm", tmp_path / "llm", eos_token_id=7, bos_token_id=9)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 11}))
+    """Of five files that may name them; code beside them is not run."""
+    code = {"AutoTokenizer": ["code.Tokenizer", None], "AutoConfig": "code.Config", "AutoModelForCausalLM": "code.LLM"}
+    folder = edited(world / "llm", tmp_path / "llm", eos_token_id=7, bos_token_id=9, auto_map=code)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write(folder / "tokenizer_config.json", settings | {"auto_map": code})
+    write(folder / "code.py", f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
+    write(folder / "generation_config.json", {"eos_token_id": 11})
     llm, tokenizer = hydra.load_llm(folder)
+    assert not (tmp_path / "run").exists()
     assert llm.generation_config.eos_token_id == llm.config.eos_token_id == tokenizer.eos_token_id == 2
     (folder / "tokenizer_config.json").unlink()  # then config.json says it
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": 2}))
-    again = data.load_tokenizer(folder)
-    assert again("Red </s>", split_special_tokens=True).input_ids == tokenizer("Red </s>", split_special_tokens=True).input_ids
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    folder = edited(folder, tmp_path / "again", bos_token_id=1, eos_token_id=2)
+    ids = [one("Red </s>", split_special_tokens=True).input_ids for one in (tokenizer, data.load_tokenizer(folder))]
+    assert ids[0] == ids[1]
+    write(folder / "config.json", {"model_type": "llama"})
     with pytest.raises(data.Mistake, match="names no bos_token"):
         data.load_tokenizer(folder)
 
 
 def test_weights_in_other_layouts(world, tmp_path):
+    """Tied, in a .bin of the old format, below state_dict; a vocabulary padded beyond the tokenizer's."""
     state = load_file(world / "llm" / "model.safetensors")
     folder = edited(world / "llm", tmp_path / "old", tie_word_embeddings=True)
     (folder / "model.safetensors").unlink()
     tied = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     torch.save({"state_dict": tied}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    llm, _ = hydra.load_llm(folder)
+    llm, tokenizer = hydra.load_llm(folder)
     assert torch.equal(llm.lm_head.weight, state["model.embed_tokens.weight"])
-    with pytest.raises(data.Mistake, match="quantized"):
-        hydra.load_llm(edited(world / "llm", tmp_path / "q", quantization_config={"bits": 4}))
+    folder = edited(world / "llm", tmp_path / "padded", vocab_size=len(tokenizer) + 5)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        state[name] = F.pad(state[name], (0, 0, 0, 5))
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert len(hydra.load_llm(folder)[0].lm_head.weight) == len(tokenizer) + 5
 
 
-@needs_reference
-@pytest.mark.parametrize("key, value", [("mm_vision_select_layer", -1), ("image_aspect_ratio", "square"), ("mm_use_im_start_end", True),
-                                        ("mm_patch_merge_type", "spatial"), ("mm_projector_type", "ldpnetv2")])  # fmt: skip
-def test_settings_that_we_do_not_follow_are_refused(tmp_path, key, value):
-    mini = REFERENCE / "golden" / "mobilevlm_mini"
-    with pytest.raises(data.Mistake, match=f"config.json: {key} is"):
-        hydra.load_checkpoint(edited(mini / "mobilevlm", tmp_path / "vlm", **{key: value}), mini / "clip")
-
-
-def test_two_runs_in_one_folder(world, stage1, tmp_path):
-    import fcntl
-
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / "log.jsonl", "a+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        output = command(HERE / "train.py", *flags(world, stage1, out=tmp_path / "out"), code=2)
-    assert "another run is writing it" in output and "Traceback" not in output
-
-
-def test_a_signal_to_all_processes_of_a_run(world, stage1, tmp_path):
-    """SIGTERM to the reading workers, too, as torchrun and terminals send it."""
-    words = [sys.executable, str(HERE / "train.py"), *flags(world, stage1, out=tmp_path / "out", num_workers=2, max_steps=200)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    for line in process.stdout:
-        if "lr" in line and "loss" in line:
-            break
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "stopped by a signal" in output and hydra.find_checkpoint(tmp_path / "out"), output
-
-
-def test_padded_adapters_have_one_rank(uneven, tmp_path):
-    peft = pytest.importorskip("peft")
-    hydra.export(uneven, "peft", tmp_path / "padded", padded=True)
-    config = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
-    state = load_file(tmp_path / "padded" / "adapter_model.safetensors")
-    assert "rank_pattern" not in config and {t.shape[0] for n, t in state.items() if "lora_A" in n} == {config["r"]}
-    ours, tokenizer = hydra.load_checkpoint(uneven)
-    expected = logits_of(ours, tokenizer)
-    llm = LlamaForCausalLM.from_pretrained(config["base_model_name_or_path"])
-    ours.llm = peft.PeftModel.from_pretrained(llm, tmp_path / "padded").eval().base_model.model
-    assert torch.allclose(logits_of(ours, tokenizer), expected, atol=1e-5)
-
-
-def test_records_of_another_content_are_not_resumed(world, stage1, tmp_path):
-    records = json.loads((world / "instruct.json").read_text())
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    words = flags(world, stage1, data=tmp_path / "records.json", out=tmp_path / "out", max_steps=3, questions=None)
-    command(HERE / "train.py", *words)
-    (tmp_path / "records.json").write_text(json.dumps(records[::-1]))
-    output = command(HERE / "train.py", *words, "--resume", code=2)
-    assert "the records of --data" in output and "Traceback" not in output
-
-
-def test_exif_rotation_is_ignored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_image(tmp_path, "turned.jpg").size == (30, 20)
-
-
-def test_a_bomb_in_a_table_is_refused(tmp_path):
-    bomb = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
-    row = ["7", "Which?", "", "cat", "dog", "", "", "A", base64.b64encode(bomb.getvalue()).decode()]
-    write(tmp_path / "q.tsv", "\t".join(["index", "question", "hint", *"ABCD", "answer", "image"]) + "\n" + "\t".join(row) + "\n")
-    (question,) = data.read_benchmark("mmbench", tmp_path / "q.tsv")
-    with pytest.raises(data.Mistake, match="400000000 pixels") as raised:
-        data.open_image(None, question["image"])
-    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
-
-
-def test_code_beside_a_model_is_not_run(world, tmp_path):
-    code = {"AutoTokenizer": ["code.Tokenizer", None], "AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    folder = edited(world / "llm", tmp_path / "llm", auto_map=code)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": code}))
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run')!r})\n")
-    hydra.load_llm(folder)
-    assert not (tmp_path / "run").exists()
-
-
-def test_check_lists_what_is_wrong(pictures, tmp_path):
-    names = ["photo.jpg", "cut.jpg", "nowhere.jpg", "empty.jpg", "alpha.png"]
-    (tmp_path / "records.json").write_text(json.dumps([record(id=name, image=name) for name in names]))
-    output = command(HERE / "data.py", "check", "--data", tmp_path / "records.json", "--images", pictures, "--workers", 2, code=1)
-    lines = output.splitlines()
-    assert [line.split("\t")[1] for line in lines if "\t" in line] == ["cut.jpg", "nowhere.jpg", "empty.jpg"]
-    assert "3 of 5 records are wrong" in lines
-
-
-def test_a_broken_image_gives_its_place_to_the_next_record(world, stage1, pictures, tmp_path):
-    shutil.copytree(world / "images", tmp_path / "images")
-    shutil.copy(pictures / "empty.jpg", tmp_path / "images" / "00001.png")
-    words = flags(world, stage1, out=tmp_path / "out", images=tmp_path / "images", max_bad=0.015, max_steps=None, epochs=2)  # met twice, one image
-    output = command(HERE / "train.py", *words, processes=2)
-    assert "image replaced by the next record's: record instruct-1" in output and "left out: 1 broken images" in output
-    output = command(HERE / "train.py", *words[: words.index("--max_bad")], "--out", tmp_path / "strict", code=2)
-    assert "1 of 92 records have a broken image, more than --max_bad 0.001" in output and "Traceback" not in output
-
-
-def test_a_run_without_finite_gradients_stops(world, stage1, tmp_path):
-    output = command(HERE / "train.py", *flags(world, stage1, out=tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30), code=2)
-    assert "no finite gradient for 11 steps" in output and "look at records ['instruct-" in output
-
-
-# HYDRA_FUZZ=4000 pytest -k fuzz: so many mutations of each kind
-
-
-def mutated(content, edits):
-    for at, new, dropped in edits:
-        i = int(at * len(content))
-        content = content[:i] + new + content[i + dropped :]
-    return content
-
-
-def fuzz(test):
-    """test(content), for many mutations of the content that it is given."""
+@pytest.mark.parametrize("name", [
+    "records.json", "photo.jpg", "palette.png", "moving.gif", "config.json", "model.safetensors", "trainer.pt",
+])  # fmt: skip
+def test_fuzz(world, stage2, pictures, tokenizer, tmp_path, name):
+    """HYDRA_FUZZ=4000 pytest -k fuzz: so many mutations of each; a file is read, or refused in one line."""
     hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed: no fuzzing")
-    st = hypothesis.strategies
-    edit = st.tuples(st.floats(0, 1), st.binary(max_size=4) | st.sampled_from([b'"', b"[", b"{}", b"null", b"-1", b"\xff" * 8]), st.integers(0, 9))
-    given = hypothesis.given(st.lists(edit, min_size=1, max_size=5))
-    hypothesis.settings(max_examples=int(os.environ.get("HYDRA_FUZZ", 40)), deadline=2000, database=None)(given(test))()
-
-
-def test_fuzz_records(world, tokenizer, tmp_path):
-    content = json.dumps(json.loads((world / "instruct.json").read_text())[:3]).encode()
-
-    def test(edits):
-        (tmp_path / "records.json").write_bytes(mutated(content, edits))
-        try:
-            records = data.read_records(tmp_path / "records.json", world / "images")
-        except data.Mistake:
-            return
-        for sample in make_samples(world, tokenizer, records):
-            assert len(sample["input_ids"]) == len(sample["labels"])
-
-    fuzz(test)
-
-
-@pytest.mark.parametrize("name", ["photo.jpg", "palette.png", "moving.gif"])
-def test_fuzz_images(pictures, tmp_path, name):
-    content = (pictures / name).read_bytes()
-
-    def test(edits):
-        (tmp_path / name).write_bytes(mutated(content, edits))
-        try:
-            data.image_to_tensor(data.open_image(tmp_path, name), 32, "pad")
-        except data.Mistake as error:
-            assert "\n" not in str(error)
-
-    fuzz(test)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trainer.pt"])
-def test_fuzz_checkpoints(world, stage2, tmp_path, name):
     folder = shutil.copytree(hydra.find_checkpoint(stage2), tmp_path / "checkpoint-12")
-    content, model = (folder / name).read_bytes(), hydra.load_checkpoint(folder)[0]
+    model = hydra.load_checkpoint(folder)[0]
+    shutil.copytree(pictures, folder, symlinks=True, dirs_exist_ok=True)
+    write(folder / "records.json", json.loads((world / "instruct.json").read_text())[:3])
+    content = (folder / name).read_bytes()
 
     def test(edits):
-        (folder / name).write_bytes(mutated(content, edits))
+        mutated = content
+        for at, new, dropped in edits:
+            i = int(at * len(mutated))
+            mutated = mutated[:i] + new + mutated[i + dropped :]
+        (folder / name).write_bytes(mutated)
         try:
-            if name == "trainer.pt":
+            if name == "records.json":
+                for sample in make_samples(world, tokenizer, data.read_records(folder / name, world / "images")):
+                    assert len(sample["input_ids"]) == len(sample["labels"])
+            elif (pictures / name).is_file():
+                data.image_to_tensor(data.open_image(folder, name), 32, "pad")
+            elif name == "trainer.pt":
                 with data.reading(folder / name):
                     torch.load(folder / name, map_location="cpu", weights_only=True)
             else:
                 hydra.restore(model, folder)
         except data.Mistake as error:
-            assert "\n" not in str(error)
+            assert name == "records.json" or "\n" not in str(error)  # a line for each record
 
-    fuzz(test)
+    st = hypothesis.strategies
+    new = st.binary(max_size=4) | st.sampled_from([b'"', b"[", b"{}", b"null", b"-1", b"\xff" * 8])
+    edits = st.lists(st.tuples(st.floats(0, 1), new, st.integers(0, 9)), min_size=1, max_size=5)
+    count = int(os.environ.get("HYDRA_FUZZ", 40))
+    hypothesis.settings(max_examples=count, deadline=2000, database=None)(hypothesis.given(edits)(test))()
 
 
 # ==========================================================================================
