@@ -355,7 +355,7 @@ def accuracy(answered):
     right = defaultdict(list)
     for question, text in answered:
         for kind in (data.kind_of(question), "all"):
-            right[kind].append(data.is_correct(text, question["label"]))
+            right[kind].append(data.exact(text) == data.exact(question["label"]))
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items(), key=lambda item: item[0] == "all")}
 
 
