@@ -419,10 +419,10 @@ def find_problems(path, images):
         raise Mistake(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
     if not Path(images or "-").is_dir() and any(isinstance(record, dict) and record.get("image") for record in records):
         raise Mistake(f"--images {images}: no such image folder")
-    roots = Path(images or "").absolute(), Path(images or "").resolve()  # the folder may be named through a link
+    roots = [Path(name(images or "")) for name in (os.path.abspath, os.path.realpath)]  # it may be named through a link
 
     def stays(path):
-        return Path(os.path.realpath(path)).is_relative_to(roots[1])  # of a link to itself resolve makes an error
+        return Path(os.path.realpath(path)).is_relative_to(roots[1])
 
     @lru_cache(maxsize=None)
     def names_in(folder):
@@ -979,15 +979,16 @@ def text_row(tokenizer, rng):
     if rng.random() < 0.5:
         facts = scene_facts(scene)
         rng.shuffle(facts)
-        before, text, skipped = "", " " + ", ".join(facts) + "\n", 0
+        before, text = "", " " + ", ".join(facts) + "\n"
     else:
         asked = rng.sample(sorted(scene_questions(scene, rng).values()), 3)
-        before = f" {SYSTEM} USER: "
-        text, skipped = "".join(f"\n{question} {answer}" for question, answer in asked), 1
-    # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+        before, text = f" {SYSTEM} USER: ", "".join(f"\n{question} {answer}" for question, answer in asked)
     head = [tokenizer.bos_token_id] + tokenizer(before).input_ids + tokenizer(scene_words(scene)).input_ids
     tail = tokenizer(text).input_ids
-    return head + tail, [IGNORE] * (len(head) + skipped) + tail[skipped:]
+    labels = [IGNORE] * len(head) + tail
+    if before:  # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+        labels[len(head)] = IGNORE
+    return head + tail, labels
 
 
 def chat_row(tokenizer, rng):
@@ -1017,7 +1018,7 @@ def train_llm(world):
         batch = collate([{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows])
         return llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
 
-    fit(llm, loss, 550, 2e-3, 0, world / "llm")
+    fit(llm, loss, steps=550, rate=2e-3, row=0, folder=world / "llm")
 
 
 def train_clip(world):
@@ -1042,7 +1043,7 @@ def train_clip(world):
         batch = collate([{"input_ids": t, "labels": t, "pixel_values": p} for t, p in zip(texts, pixels)])
         return clip(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], return_loss=True).loss
 
-    fit(clip, loss, 250, 1e-3, 1, world / "clip")
+    fit(clip, loss, steps=250, rate=1e-3, row=1, folder=world / "clip")
 
 
 # ------------------------------------------------------------------------------------------
@@ -1066,7 +1067,7 @@ def one_line(main):
 
 
 def show(args):
-    """print a few records as the model sees them: [masked] text, then the text that is trained on"""
+    """Print a few records as the model sees them, what is masked in [brackets]."""
     records = read_records(args.data, args.images)
     if not Path(args.tokenizer).is_dir():
         raise Mistake(f"--tokenizer {args.tokenizer}: no such folder; first run train.py --stage 1, or name another")
@@ -1089,7 +1090,7 @@ def show(args):
 
 
 def check(args):
-    """open every record and image, and print what is wrong: index and id, file, reason; exit code 1 if anything is"""
+    """Open every record and image; print index, id, file and reason where one is wrong. Exit code 1 if one is."""
     records, problems = find_problems(args.data, args.images)
 
     def open_one(i):
@@ -1110,7 +1111,7 @@ def check(args):
 
 
 def print_score(args):
-    """score an answers file in LLaVA's format, from any tool"""
+    """Score an answers file in LLaVA's format, from any tool."""
     questions = read_benchmark(args.benchmark, args.questions, args.annotations)
     print(score_table(args.benchmark, score(args.benchmark, questions, read_answers(args.answers))))
 
