@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, takewhile
 from multiprocessing import get_context
-from operator import eq
 from pathlib import Path
 
 import numpy as np
@@ -454,7 +453,7 @@ def check_record(record, roots, names_in):
         check_text(turn["value"], "a turn")
     speakers = [turn["from"] for turn in turns]
     late = speakers[:1] == ["gpt"]  # an answer to nothing, which is dropped
-    if len(turns) < late + 2 or any(map(eq, speakers, speakers[1:])):
+    if len(turns) < late + 2 or any(a == b for a, b in zip(speakers, speakers[1:])):
         raise Mistake("'human' and 'gpt' must take turns, and there must be a question and its answer")
     if any("<image>" in turn["value"] for turn in turns[1 - late :: 2]):
         raise Mistake("has <image> in an answer; it belongs in a question")
@@ -1075,11 +1074,8 @@ def show(args):
     template = args.template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
     for record in records[: args.count]:
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
-        image = "text alone"
-        if "image" in record:
-            width, height = open_image(args.images, record["image"]).size
-            image = f"{record['image']}, {width} x {height}"
         targets = sum(label != IGNORE for label in labels)
+        image = record.get("image", "text alone")
         print(f"{name_of(record)} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
         text = ""
         kinds = [(label == IGNORE, token == IMAGE_TOKEN) for token, label in zip(input_ids, labels)]
