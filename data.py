@@ -24,10 +24,10 @@ import random
 import re
 import shutil
 import sys
-import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, takewhile
 from multiprocessing import get_context
@@ -43,7 +43,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids; hydra.py replaces it by the image's tokens
 IGNORE = -100  # label of a position that is no target
@@ -98,24 +97,6 @@ def whole(path):
         raise Mistake(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
 
 
-def one_line(main):
-    """Run a command; the user's mistake in it ends in one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # of `... | head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Mistake, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if "Traceback" in str(error):  # in which a reading process wraps the error
-            lines = lines[-1:]
-        lines[-1] = f"{Path(sys.argv[0]).name}: error: {lines[-1].removeprefix('data.Mistake: ')}"
-        print("\n".join(lines), file=sys.stderr)
-        sys.exit(2)
-
-
 # ------------------------------------------------------------------------------------------
 # record -> ids and labels
 
@@ -124,26 +105,19 @@ def load_tokenizer(folder):
     """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
     folder = Path(folder)
     if (folder / "tokenizer.model").is_file():
-        for package, is_there in (("sentencepiece", is_sentencepiece_available), ("protobuf", is_protobuf_available)):
-            if not is_there():
-                raise Mistake(f"{folder}: its tokenizer.model needs the package {package}: pip install {package}")
         with reading(folder / "tokenizer.model"):  # from_pretrained would merge runs of spaces in another order
             vocabulary, _, merges = SentencePieceExtractor(str(folder / "tokenizer.model")).extract()
             return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, pad_token="<unk>")
-    if not (folder / "tokenizer.json").is_file():
-        raise Mistake(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer there")
     with reading(folder / "tokenizer.json"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    for file in ("special_tokens_map.json", "tokenizer_config.json", "config.json"):  # the first to name a token counts
-        if not (folder / file).is_file():
-            continue
-        with reading(folder / file):
-            config = dict(json.loads((folder / file).read_bytes()))
-            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json", folder / "config.json"):
+        config = read_json(path) if path.is_file() else {}
+        with reading(path):
+            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):  # the first file to name one counts
                 token = config.get(key)
-                token = token.get("content") if isinstance(token, dict) else token
                 if token is None and isinstance(config.get(f"{key}_id"), int):
                     token = tokenizer.convert_ids_to_tokens(config[f"{key}_id"])
+                token = token["content"] if isinstance(token, dict) else token
                 if getattr(tokenizer, key) is None and token in tokenizer.get_vocab():
                     setattr(tokenizer, key, token)  # no new one: that would resize the embeddings
     for key in ("bos_token", "eos_token"):
@@ -213,18 +187,16 @@ def open_image(folder, name):
     if "://" in name and not name.startswith("data:"):
         raise Mistake(f"{name}: is an address; download the image, and name its file")
     path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
-    with reading(path):  # no name of a file: with a null byte, too long, a link to itself
+    with reading(path):  # resolving fails on what is no name of a file: with a null byte, too long, a link to itself
         if name.startswith("data:"):
             source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
         elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
             raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
-        elif path.is_dir():
-            raise Mistake(f"{path}: is a folder; name an image in it")
         elif not path.is_file():
-            raise Mistake(f"{path}: no such image; check --images and the record")
-    with reading(path), warnings.catch_warnings():  # Pillow warns from 89 megapixels on: refuse from there
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+            raise Mistake(f"{path}: no such image file; check --images and the record")
         image = Image.open(source)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
+            raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
         image.load()
         if image.mode.startswith("I;16"):  # convert would clip what is above 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -241,30 +213,26 @@ def image_to_tensor(image, size, mode):
     EXIF rotation is ignored, as upstream does.
     """
 
-    def middle(length, wanted):
-        return slice((length - wanted) // 2, (length - wanted) // 2 + wanted)
+    def middle(pixels, most):  # [3, height, width], both at most `most`
+        top, left = (max(length - most, 0) // 2 for length in pixels.shape[1:])
+        return pixels[:, top : top + most, left : left + most]
 
     if max(image.size) > 8192:  # the square around a strip would take gigabytes
         image = image.copy()
         image.thumbnail((8192, 8192), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))  # [height, width, 3], bytes
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    if mode == "pad" and height != width:
-        square = (255 * torch.tensor(CLIP_MEAN)).byte().expand(side, side, 3).contiguous()
-        square[middle(side, height), middle(side, width)] = pixels
-        pixels = square
-    elif side > 1000 * min(height, width):  # a line: no need to resize more of it than is kept
-        most = 1000 * min(height, width)
-        pixels = pixels[middle(height, min(height, most)), middle(width, min(width, most))]
-    pixels = pixels.permute(2, 0, 1)
-    height, width = pixels.shape[1:]
-    full = size * height // min(height, width), size * width // min(height, width)
-    if full != (height, width):  # five times as fast as Pillow's, and the same to a step or two of 255
+    if mode == "pad":
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in CLIP_MEAN))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, height, width], bytes
+    shorter = min(image.size)
+    pixels = middle(pixels, 1000 * shorter)  # of a line, no need to resize more than is kept
+    full = [size * length // shorter for length in pixels.shape[1:]]
+    if min(full) != shorter:  # five times as fast as Pillow's, and the same to a step or two of 255
         pixels = F.interpolate(pixels[None], full, mode="bicubic", antialias=True)[0]
-    pixels = pixels[:, middle(full[0], size), middle(full[1], size)].float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
+    return middle(pixels, size).float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 # ------------------------------------------------------------------------------------------
@@ -273,24 +241,25 @@ def image_to_tensor(image, size, mode):
 
 def read_json(path, lines=False, cut=False):
     """Parsed JSON; a list from JSON lines, whatever the file's name. cut: without a last line cut short by a kill."""
+
+    def parse(text, where=""):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Mistake(f"{path}: {where}is not valid JSON ({error})") from error
+
     with reading(path):
         content = Path(path).read_bytes()
     if not (lines or str(path).endswith(".jsonl")):
         try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            if "Extra data" not in str(error) or not content.lstrip().startswith(b"{"):
-                raise Mistake(f"{path}: is not valid JSON ({error})") from error
-    parts = content.split(b"\n")  # bytes: a cut may lie within a character
-    if cut:
-        parts.pop()  # what follows the last line break: nothing, or a line cut short
-    values = []
-    for number, part in enumerate(parts, 1):
-        try:
-            values += [json.loads(part)] if part.strip() else []
-        except (ValueError, RecursionError) as error:
-            last = ", the last, is cut short or" if number == len(parts) else ""
-            raise Mistake(f"{path}: line {number}{last} is not valid JSON ({error})") from error
+            return parse(content)
+        except Mistake as error:
+            if "Extra data" not in str(error):
+                raise
+    *whole_lines, last = content.split(b"\n")  # bytes: a cut may lie within a character
+    values = [parse(line, f"line {i} ") for i, line in enumerate(whole_lines, 1) if line.strip()]
+    if last.strip() and not cut:
+        values.append(parse(last, f"line {len(whole_lines) + 1}, the last, is cut short or "))
     return values
 
 
@@ -310,6 +279,7 @@ def read_records(path, images):
 # dataset, batches, and their order
 
 
+@dataclass
 class ConversationDataset(torch.utils.data.Dataset):
     """Records as training samples, read when asked for.
 
@@ -319,30 +289,27 @@ class ConversationDataset(torch.utils.data.Dataset):
     same one on every process and after a resume. "bad" says which were passed over and why.
     """
 
-    def __init__(self, records, images, tokenizer, template, image_size, image_tokens, context_length, replace=True):
-        self.records = records
-        self.images = images
-        self.tokenizer = tokenizer
-        self.template = template
-        self.image_size = image_size
-        self.image_tokens = image_tokens
-        self.context_length = context_length
-        self.replace = replace
+    records: list
+    images: str | Path
+    tokenizer: PreTrainedTokenizerFast
+    template: str
+    image_size: int
+    image_tokens: int
+    context_length: int
+    replace: bool = True
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, index):
         bad = []
-        for i in range(len(self.records)):
+        for i in range(len(self.records) if self.replace else 1):
             record = self.records[index if i == 0 else (index + i) % len(self.records)]
             try:
                 return self.sample(record) | {"bad": bad}
             except Mistake as error:
                 bad.append(f"record {name_of(record)}: {error}")
-                if not self.replace:
-                    raise Mistake(bad[0]) from error
-        raise Mistake(f"--images {self.images}: none of the images can be decoded, e.g. {bad[0]}")
+        raise Mistake(bad[0])
 
     def sample(self, record):
         input_ids, labels = encode_conversation(record["conversations"], self.tokenizer, self.template)
@@ -449,73 +416,76 @@ def find_problems(path, images):
     records = [records] if isinstance(records, dict) and "conversations" in records else records  # JSON lines, but one
     if not isinstance(records, list) or not records:
         raise Mistake(f"{path}: must hold a list of records, [{{'id', 'image', 'conversations'}}, …]")
-    for record in records:  # an image "" or null is none
-        if isinstance(record, dict) and record.get("image") in ("", None):
-            record.pop("image", None)
-    if any(isinstance(record, dict) and "image" in record for record in records) and not Path(images or "-").is_dir():
+    if not Path(images or "-").is_dir() and any(isinstance(record, dict) and record.get("image") for record in records):
         raise Mistake(f"--images {images}: no such image folder")
-    root = os.path.realpath(images or "")
+    roots = [Path(name(images or "")) for name in (os.path.abspath, os.path.realpath)]  # it may be named through a link
 
-    def is_outside(path):
-        return not Path(os.path.realpath(path)).is_relative_to(root)
+    def stays(path):
+        return Path(os.path.realpath(path)).is_relative_to(roots[1])
 
     @lru_cache(maxsize=None)
     def names_in(folder):
-        """{name: whether it leads out of the image folder}: one look at each folder, not at each of 665k files."""
+        """{name: whether it stays in the image folder}: one look at each folder, not at each of 665k files."""
         if not os.path.isdir(folder):
             return {}
-        all_are = is_outside(folder)
-        return {item.name: all_are or (item.is_symlink() and is_outside(item.path)) for item in os.scandir(folder)}
+        inside = stays(folder)
+        return {item.name: inside and (not item.is_symlink() or stays(item)) for item in os.scandir(folder)}
 
-    problems = ((i, record_problem(record, images, names_in)) for i, record in enumerate(records))
-    return records, {i: problem for i, problem in problems if problem}
+    problems = {}
+    for i, record in enumerate(records):
+        try:
+            check_record(record, roots, names_in)
+        except Mistake as problem:
+            problems[i] = str(problem)
+    return records, problems
 
 
-def record_problem(record, images, names_in):
-    """What is wrong with one record, in words, or None. names_in: see find_problems."""
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list) or not record["conversations"]:
-        return "has no list 'conversations'"
-    for turn in record["conversations"]:
+def check_record(record, roots, names_in):
+    """Mistake if the record cannot be learned from; drops an empty image, and shortens one with its whole path."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        raise Mistake("has no list 'conversations'")
+    for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return "a turn is not {'from', 'value'} with a text as value"
+            raise Mistake("a turn is not {'from', 'value'} with a text as value")
         if turn.get("from") not in ("human", "gpt"):
-            return f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'"
-        if not turn["value"].isascii() and any("\ud800" <= character <= "\udfff" for character in turn["value"]):
-            return "a turn holds half of a surrogate pair, which is no character"
-    speakers = [turn["from"] for turn in record["conversations"]]
-    if any(a == b for a, b in zip(speakers, speakers[1:])):
-        return "'human' and 'gpt' must take turns"
-    if speakers[speakers[0] == "gpt" :][:2] != ["human", "gpt"]:
-        return "needs a question and an answer"
-    if any("<image>" in turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"):
-        return "has <image> in an answer; it belongs in a question"
-    placeholders = sum(turn["value"].count("<image>") for turn in record["conversations"])
-    if "image" not in record:
-        return "has <image> in its text but no field 'image'" if placeholders else None
+            raise Mistake(f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'")
+        check_text(turn["value"], "a turn")
+    speakers = [turn["from"] for turn in turns]
+    late = speakers[:1] == ["gpt"]  # an answer to nothing, which is dropped
+    if len(turns) < late + 2 or any(a == b for a, b in zip(speakers, speakers[1:])):
+        raise Mistake("'human' and 'gpt' must take turns, and there must be a question and its answer")
+    if any("<image>" in turn["value"] for turn in turns[1 - late :: 2]):
+        raise Mistake("has <image> in an answer; it belongs in a question")
+    placeholders = sum(turn["value"].count("<image>") for turn in turns)
+    if record.get("image") in ("", None):
+        record.pop("image", None)
+        if placeholders:
+            raise Mistake("has <image> in its text but no field 'image'")
+        return
     if placeholders != 1:
-        return f"has an image and {placeholders} <image> in its text; write it once"
+        raise Mistake(f"has an image and {placeholders} <image> in its text; write it once")
     name = record["image"]
-    if isinstance(name, str) and os.path.isabs(name):
-        for root in (os.path.abspath(images), os.path.realpath(images)):  # the folder may be named through a link
-            if Path(name).is_relative_to(root):
-                name = record["image"] = str(Path(name).relative_to(root))
+    for root in roots:
+        if isinstance(name, str) and os.path.isabs(name) and Path(name).is_relative_to(root):
+            name = record["image"] = str(Path(name).relative_to(root))
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
-        return "field 'image' is not the name of a file inside the image folder"
-    folder, file = os.path.split(os.path.join(images, name))
-    leads_out = names_in(folder).get(file)
-    if leads_out is None:
-        return f"image {os.path.join(folder, file)} does not exist"
-    if leads_out:
-        return f"image {os.path.join(folder, file)} leaves {images} through a link; copy or mount the files inside it"
+        raise Mistake("field 'image' is not the name of a file inside the image folder")
+    folder, file = os.path.split(os.path.join(roots[0], name))
+    stays = names_in(folder).get(file)
+    if stays is None:
+        raise Mistake(f"image {folder}/{file} does not exist")
+    if not stays:
+        raise Mistake(f"image {folder}/{file} leaves {roots[0]} through a link; copy or mount the files inside it")
 
 
 def fingerprint(records):
     """Tells the records of one file from another's, whatever the files' names: of images and turns, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
-        texts = [turn["value"] for turn in record["conversations"]]
+        texts = [record.get("image", ""), *(turn["value"] for turn in record["conversations"]), "\n"]
         # names on the disk need not be UTF-8: Python reads them with halves of surrogate pairs
-        digest.update("\0".join([record.get("image", ""), *texts, "\n"]).encode(errors="surrogatepass"))
+        digest.update("\0".join(texts).encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
@@ -524,9 +494,9 @@ def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
     cut = empty = 0
     for record in records:
         limit = context_length - (image_tokens - 1 if "image" in record else 0)
-        texts = [turn["value"] for turn in record["conversations"]]
-        # no token is shorter than a byte: what is short for certain need not be encoded
-        if all(texts) and sum(len(text.encode()) + 32 for text in texts) + len(SYSTEM) <= limit:
+        texts = [turn["value"].encode() for turn in record["conversations"]]
+        # a token is a byte or more; USER:, ASSISTANT: and </s> are ten a turn: what is short for sure is passed over
+        if all(texts) and len(SYSTEM) + 32 + sum(len(text) + 10 for text in texts) <= limit:
             continue
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
         cut += len(input_ids) > limit
@@ -540,8 +510,6 @@ def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
 
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
-    if not (images and Path(images).is_dir()):
-        raise Mistake(f"--images {images}: no such image folder")
     questions = read_benchmark("vqa", path)
     for image in {question["image"] for question in questions}:
         open_image(images, image)  # not to be found out in the middle of a run
@@ -555,21 +523,18 @@ def kind_of(question):
 
 DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 DIGITS["none"] = "0"
+CONTRACTED = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
+    shan't shouldn't wasn't weren't won't wouldn't couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd
+    how'd it'd someone'd something'd there'd they'd where'd who'd you'd he'd've it'd've she'd've somebody'd've
+    someone'd've something'd've there'd've they'd've we'd've who'd've you'd've y'all'd've how'll it'll somebody'll
+    someone'll something'll they'll what'll who'll why'll you'll y'all'll there're they're what're why're you're he's
+    how's somebody's someone's that's there's what's when's where's who's why's could've might've must've not've
+    should've they've we've what've where've who've would've you've ma'am o'clock 'ow's'at 'twas y'all
+"""
 CONTRACTIONS = {  # "couldnt've" and "couldn'tve" -> "couldn't've": each word written with one apostrophe less
-    word[:i] + word[i + 1 :]: word
-    for ending, stems in {
-        "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-        "n't've": "could had might should would",
-        "'d": "he how it someone something there they where who you",
-        "'d've": "he it she somebody someone something there they we who you y'all",
-        "'ll": "how it somebody someone something they what who why you y'all",
-        "'re": "there they what why you",
-        "'s": "he how somebody someone that there what when where who why",
-        "'ve": "could might must not should they we what where who would you",
-        "": "ma'am o'clock 'ow's'at 'twas y'all",
-    }.items()
-    for stem in stems.split() for word in [stem + ending] for i in range(len(word)) if word[i] == "'"
-} | {"somebody'd": "somebodyd"}  # fmt: skip
+    word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i in range(len(word)) if word[i] == "'"
+} | {"somebody'd": "somebodyd"}
 
 
 def exact(text):
@@ -577,23 +542,15 @@ def exact(text):
     return text.strip().lower().rstrip(".")
 
 
-def is_correct(answer, label):
-    """Whether two texts are exactly the same in lower case without the final period."""
-    return exact(answer) == exact(label)
-
-
-def letter(text):
+def letter(text, alone=r"\s*([A-Z])(?:\.(?:\s.*)?)?\s*", said=r"The answer is ([A-Z])\b"):
     """The option that an answer picks: "B", "B. …" or, once, "The answer is B"; "" for anything else."""
-    found = re.findall(r"^([A-Z])(?:\.(?:\s.*)?)?$", text.strip(), re.S) or re.findall(r"The answer is ([A-Z])\b", text)
+    found = re.findall(rf"\A{alone}\Z", text, re.S) or re.findall(said, text)
     return found[0] if len(found) == 1 else ""
 
 
 def sqa_letter(text):
-    """The option that an answer to ScienceQA picks, as LLaVA's script reads it: "B", "B. …" or "The answer is B."."""
-    if text in tuple("ABCDE"):
-        return text
-    found = re.findall(r"^[A-E](?=\. )", text) or re.findall(r"The answer is ([A-Z]).", text)
-    return found[0] if len(found) == 1 else ""
+    """The same by LLaVA's script for ScienceQA, to which "B." is nothing, nor "The answer is B" at the end."""
+    return letter(text, r"([A-E])(?:\. .*)?", r"The answer is ([A-Z]).")
 
 
 def plain_words(text):
@@ -606,25 +563,30 @@ def plain_words(text):
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
+def pope_word(text):
+    """Yes, unless the first sentence denies."""
+    return "no" if {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes"
+
+
+def mme_word(text):
+    """What the first four characters hold."""
+    return next((word for word in ("yes", "no") if word in text.strip().lower()[:4]), "")
+
+
+MMBENCH = ("index", "question", "hint", "A", "B", "C", "D", "answer", "image")
 BENCHMARKS = {  # name: how its answers are read, what its questions must hold, what holds its labels if they do not
     "vqa": (exact, ("question_id", "image", "text", "label"), None),
-    "pope": (  # yes, unless the first sentence denies
-        lambda text: "no" if {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes",
-        ("question_id", "image", "text", "category"), "folder of coco_pope_CATEGORY.json"),
+    "pope": (pope_word, ("question_id", "image", "text", "category"), "folder of coco_pope_CATEGORY.json"),
     "gqa": (exact, ("question_id", "image", "text"), "testdev_balanced_questions.json"),
     "sqa": (sqa_letter, (), None),
     "textvqa": (plain_words, ("question_id", "image", "text"), "TextVQA_0.5.1_val.json"),
-    "mme": (  # what the first four characters hold
-        lambda text: next((word for word in ("yes", "no") if word in text.strip().lower()[:4]), ""),
-        ("question_id", "image", "text", "category"), "folder of CATEGORY.txt"),
-    "mmbench": (letter, ("index", "question", "hint", "A", "B", "C", "D", "answer", "image"), None),
-    "mmbench_cn": (letter, ("index", "question", "hint", "A", "B", "C", "D", "answer", "image"), None),
-}  # fmt: skip
+    "mme": (mme_word, ("question_id", "image", "text", "category"), "folder of CATEGORY.txt"),
+    "mmbench": (letter, MMBENCH, None),
+    "mmbench_cn": (letter, MMBENCH, None),
+}
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-BRIEFLY = "Answer the question using a single word or phrase."
 BY_LETTER = "Answer with the option's letter from the given choices directly."
-BY_LETTER_CN = "请直接回答选项字母。"
 
 
 def read_rows(path, fields, cut=False):
@@ -646,19 +608,19 @@ def read_benchmark(name, path, annotations=None):
     "category" where there is one; mmbench's "image" is a data URL, for open_image. Mistake says what is wrong.
     """
     read, fields, where = BENCHMARKS[name]
-    if where and not annotations:
-        raise Mistake(f"--annotations: {name} needs its {where}")
     if name.startswith("mmbench"):
-        questions = read_mmbench(path, fields, BY_LETTER_CN if name == "mmbench_cn" else BY_LETTER)
+        questions = read_mmbench(path, "请直接回答选项字母。" if name == "mmbench_cn" else BY_LETTER)
     else:
         questions = read_sqa(path) if name == "sqa" else read_rows(path, fields)
     if not questions:
         raise Mistake(f"{path}: holds no questions")
     if where:
-        labels = {label_key(name, row): row["label"] for row in read_labels(name, annotations)}
-        unknown = [q for q in questions if label_key(name, q) not in labels]
-        refuse(unknown, f"have an unknown category, or no label in {annotations}")
-        questions = [q | {"label": labels[label_key(name, q)]} for q in questions]
+        if not annotations:
+            raise Mistake(f"--annotations: {name} needs its {where}")
+        with reading(f"{annotations}, as {where}"):
+            labels = find_labels(name, questions, Path(annotations))
+        questions = [question | {"label": label} for question, label in zip(questions, labels)]
+        refuse([q for q in questions if q["label"] is None], f"have an unknown category, or no label in {annotations}")
     valid = (lambda label: len(label) == 10) if name == "textvqa" else read
     refuse([q for q in questions if not valid(q["label"])], "have no valid label")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
@@ -694,63 +656,58 @@ def read_sqa(path):
     return questions
 
 
-def read_mmbench(path, columns, asks):
+def read_mmbench(path, instruction):
     """MMBench's table of tab-separated values; a rotated copy may give the index of the row with its image."""
     csv.field_size_limit(2**27)  # an image is one field, the default limit 128 KiB
     with reading(path), open(path, newline="", encoding="utf-8") as file:
         table = csv.DictReader(file, delimiter="\t")
         rows = list(table)
-    if missing := [column for column in columns if column not in (table.fieldnames or ())]:
+    if missing := [column for column in MMBENCH if column not in (table.fieldnames or ())]:
         raise Mistake(f"{path}: has no column {', '.join(missing)}")
     images = {row["index"]: row["image"] for row in rows}
     questions = []
     for i, row in enumerate(rows, 1):
         if None in (*row, *row.values()) or not row["index"].isdecimal():
             raise Mistake(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
-        given = {column: row[column] for column in columns if row[column].lower() not in ("", "nan", "none")}
+        given = {column: value for column, value in row.items() if value.lower() not in ("", "nan", "none")}
         options = [f"{option}. {given[option]}" for option in takewhile(given.get, "ABCD")]
-        text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, asks]))
+        text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, instruction]))
         image = f"data:;base64,{images.get(row['image'], row['image'])}"
         questions.append({"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": image})
     return questions
 
 
-def read_labels(name, path):
-    """Annotations, each with its label and what label_key takes of a question."""
-    try:
-        if name == "gqa":
-            yield from ({"question_id": i, "label": str(row["answer"])} for i, row in read_json(path).items())
-        elif name == "textvqa":
-            for row in read_json(path)["data"]:
-                yield {"question_id": row["image_id"], "text": row["question"], "label": list(map(str, row["answers"]))}
-        elif name == "pope":
-            for category in ("adversarial", "popular", "random"):
-                for row in read_rows(Path(path, f"coco_pope_{category}.json"), ("image", "text", "label")):
-                    yield row | {"category": category}
-        else:
-            for file in [file for file in Path(path).glob("*.txt") if file.stem in PERCEPTION + COGNITION]:
-                for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
-                    if len(cells := line.strip().split("\t")) != 3:
-                        raise Mistake(f"{file}: line {number} is not image TAB question TAB answer")
-                    yield dict(zip(("image", "text", "label"), cells), category=file.stem)
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{path}: is no {BENCHMARKS[name][2]} ({error!r})") from None
-
-
-def label_key(name, row):
-    """What a question and its annotation have in common."""
-    if name == "gqa":
-        return str(row["question_id"])
-    if name == "textvqa":
-        return row["question_id"], bare(row["text"]).lower()
-    image = Path(row["image"]).name.split(".")[0]  # MME's labels may give another ending
-    return row["category"], image, bare(row["text"])
-
-
-def bare(prompt):
-    """The question's own words: without image, OCR tokens and what asks for the form of the answer."""
+def words(prompt):
+    """The question's own, in lower case: without image, OCR tokens and what asks for the form of the answer."""
     lines = [line for line in prompt.replace("<image>", "").split("\n") if not line.startswith("Reference OCR token")]
-    return " ".join(re.sub(rf"{BRIEFLY}|Please answer yes or no\.?", "", " ".join(lines)).split())
+    form = r"Answer the question using a single word or phrase\.|Please answer yes or no\.?"
+    return " ".join(re.sub(form, "", " ".join(lines)).lower().split())
+
+
+def find_labels(name, questions, path):
+    """The label of each question, or None, from annotations that name the questions in another way."""
+    if name == "gqa":
+        labels = {question_id: str(row["answer"]) for question_id, row in read_json(path).items()}
+        return [labels.get(str(q["question_id"])) for q in questions]
+    if name == "textvqa":
+        rows = read_json(path)["data"]
+        labels = {(row["image_id"], words(row["question"])): list(map(str, row["answers"])) for row in rows}
+        return [labels.get((q["question_id"], words(q["text"]))) for q in questions]
+
+    def key(category, image, text):
+        return category, Path(image).name.split(".")[0], words(text)  # MME's labels may give another ending
+
+    labels = {}
+    for category in {q["category"] for q in questions}:
+        if name == "pope":
+            rows = read_rows(path / f"coco_pope_{category}.json", ("image", "text", "label"))
+            rows = [(row["image"], row["text"], row["label"]) for row in rows]
+        else:
+            with reading(path / f"{category}.txt"):
+                lines = (path / f"{category}.txt").read_text(encoding="utf-8").strip().split("\n")
+                rows = [(image, text, label) for image, text, label in (line.strip().split("\t") for line in lines)]
+        labels |= {key(category, image, text): label for image, text, label in rows}
+    return [labels.get(key(q["category"], q["image"], q["text"])) for q in questions]
 
 
 def read_answers(path, cut=False):
@@ -762,7 +719,7 @@ def join_answers(name, questions, answers):
     """[(question, its answer or None)]; Mistake for answers that belong to no question or come twice."""
 
     def key(row, prompt):  # the ids of two benchmarks are those of the images
-        return str(row["question_id"]), bare(prompt) if name in ("textvqa", "mme") else None
+        return str(row["question_id"]), words(prompt) if name in ("textvqa", "mme") else None
 
     waiting = defaultdict(list)  # a list each: the same may be asked of the same image twice
     for answer in answers:
@@ -780,14 +737,16 @@ def score(name, questions, answers):
     MME gives 100 × (share of right answers + share of images with both right) per category. mmbench's accuracy
     counts rotated copies like any row. Mistake unless each question has one answer and each answer a question.
     """
-    read, pairs, scores = BENCHMARKS[name][0], join_answers(name, questions, answers), {}
+    read = BENCHMARKS[name][0]
+    pairs = join_answers(name, questions, answers)
     refuse([question for question, answer in pairs if answer is None], "have no answer")
-    said = [read(answer["text"]) for _, answer in pairs]
+    said = np.array([read(answer["text"]) for _, answer in pairs], dtype=object)
     if name == "textvqa":  # of ten people, each is compared with the other nine; three who agree are enough
-        agree = np.array([[read(person) for person in q["label"]].count(text) for q, text in zip(questions, said)])
+        people = np.array([[read(person) for person in q["label"]] for q in questions], dtype=object)  # [N, 10]
+        agree = (people == said[:, None]).sum(1)
         right = (agree * np.clip((agree - 1) / 3, 0, 1) + (10 - agree) * np.clip(agree / 3, 0, 1)) / 10
     else:
-        right = np.array([text == read(q["label"]) for q, text in zip(questions, said)])
+        right = said == np.array([read(q["label"]) for q in questions], dtype=object)
 
     def rows(key):  # {value: numbers of the questions that have it}
         numbers = defaultdict(list)
@@ -795,30 +754,30 @@ def score(name, questions, answers):
             numbers[key(question)].append(i)
         return numbers
 
+    categories = rows(lambda q: q.get("category"))
+    scores = {}
     if name == "pope":
-        yes = np.array([text == "yes" for text in said])
+        yes = said == "yes"
         true = yes == right
-        for category, at in rows(lambda q: q["category"]).items():
+        for category, at in categories.items():
             hits, said_yes, are_yes = (yes & true)[at].sum(), yes[at].sum(), true[at].sum()
             scores[f"{category} accuracy"] = right[at].mean()
             scores[f"{category} precision"] = hits / max(said_yes, 1)
             scores[f"{category} recall"] = hits / max(are_yes, 1)
             scores[f"{category} F1"] = 2 * hits / max(said_yes + are_yes, 1)
             scores[f"{category} yes ratio"] = yes[at].mean()
-        scores["mean F1"] = np.mean([value for what, value in scores.items() if what.endswith("F1")])
+        scores["mean F1"] = np.mean([scores[f"{category} F1"] for category in categories])
     elif name == "mme":
         images = rows(lambda q: (q["category"], q["question_id"]))
         single = [questions[at[0]] for at in images.values() if len(at) != 2]
         refuse(single, "have no second one, or a third, on their image")
-        for category in rows(lambda q: q["category"]):
+        for category in categories:
             both = np.array([right[at] for key, at in images.items() if key[0] == category])  # [images, 2]
             scores[category] = 100 * (both.mean() + both.all(axis=1).mean())
-        perception = sum(scores.get(category, 0) for category in PERCEPTION)
-        cognition = sum(scores.get(category, 0) for category in COGNITION)
-        scores |= {"perception": perception, "cognition": cognition}
+        for kind, of_kind in (("perception", PERCEPTION), ("cognition", COGNITION)):
+            scores[kind] = sum(scores.get(category, 0) for category in of_kind)
     else:
         if name == "vqa":
-            categories = rows(lambda q: q.get("category"))
             scores = {category: right[at].mean() for category, at in categories.items() if category}
         scores["accuracy"] = right.mean()
         if name == "sqa" and (at := [i for i, q in enumerate(questions) if q["image"]]):
@@ -830,9 +789,8 @@ def score(name, questions, answers):
 
 def score_table(name, scores):
     """The scores as text: MME's are points, all others shares."""
-    if name == "mme":
-        return "\n".join(f"{key:24}{value:8.1f}" for key, value in scores.items())
-    return "\n".join(f"{key:24}{value:8.4f}   {100 * value:6.2f} %" for key, value in scores.items())
+    shown = "{:24}{:8.1f}" if name == "mme" else "{:24}{:8.4f}   {:6.2f} %"
+    return "\n".join(shown.format(what, value, 100 * value) for what, value in scores.items())
 
 
 # ------------------------------------------------------------------------------------------
@@ -846,46 +804,43 @@ def score_table(name, scores):
 # be learned, which is why rank binds here.
 
 GRID, CELL = 3, 16
+PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230),
     "yellow": (235, 215, 40), "purple": (160, 60, 190), "white": (250, 250, 250),
 }  # fmt: skip
 LETTERS = "ABCDEFGH"
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-FONT = ImageFont.load_default(15)
 NUMBERS = ("zero", "one", "two", "three", "four")
+FONT = ImageFont.load_default(15)
 
 
 def sample_scene(rng):
-    """{cell: (shape, color)} with distinct shapes, and one (letter, None)."""
+    """{cell: (shape, color)} with distinct shapes, and one ("letter", which)."""
     shapes = rng.sample(SHAPES, rng.randint(1, 4))
     cells = rng.sample(range(GRID * GRID), len(shapes) + 1)
     scene = {cell: (shape, rng.choice(list(COLORS))) for cell, shape in zip(cells, shapes)}
-    scene[cells[-1]] = (rng.choice(LETTERS), None)
-    return scene
+    return scene | {cells[-1]: ("letter", rng.choice(LETTERS))}
 
 
 def near_twin(scene, rng):
     """The scene with one object moved or changed: to tell the two apart, CLIP has to look at every object."""
     twin, cell = dict(scene), rng.choice(sorted(scene))
-    name, color = twin.pop(cell)
+    name, kind = twin.pop(cell)
     if rng.random() < 0.4:
         cell = rng.choice([other for other in range(GRID * GRID) if other not in scene])
-    elif color:
-        color = rng.choice([other for other in COLORS if other != color])
     else:
-        name = rng.choice([other for other in LETTERS if other != name])
-    return twin | {cell: (name, color)}
+        kind = rng.choice([other for other in (LETTERS if name == "letter" else COLORS) if other != kind])
+    return twin | {cell: (name, kind)}
 
 
 def draw_scene(scene, rng):
     """The scene as a 48 x 48 picture; objects sit up to two pixels off the middle of their cell."""
     image = Image.new("RGB", (GRID * CELL, GRID * CELL), (120, 120, 120))
     draw = ImageDraw.Draw(image)
-    for cell, (name, color) in scene.items():
+    for cell, (name, kind) in scene.items():
         x, y = cell % GRID * CELL + rng.randint(1, 4), cell // GRID * CELL + rng.randint(1, 4)
-        box, fill = (x, y, x + 10, y + 10), COLORS.get(color)
+        box, fill = (x, y, x + 10, y + 10), COLORS.get(kind)
         if name == "circle":
             draw.ellipse(box, fill)
         elif name == "square":
@@ -896,43 +851,43 @@ def draw_scene(scene, rng):
             draw.rectangle((x + 4, y, x + 6, y + 10), fill)
             draw.rectangle((x, y + 4, x + 10, y + 6), fill)
         else:
-            draw.text((x, y - 4), name, (0, 0, 0), FONT)
+            draw.text((x, y - 4), kind, (0, 0, 0), FONT)
     return image
 
 
 def scene_words(scene):
     """The scene as nine words, in reading order."""
-    words = ["nothing"] * (GRID * GRID)
-    for cell, (name, color) in scene.items():
-        words[cell] = color + name if color else "letter" + name
-    return " ".join(words)
+    words = {cell: name + kind if name == "letter" else kind + name for cell, (name, kind) in scene.items()}
+    return " ".join(words.get(cell, "nothing") for cell in range(GRID * GRID))
 
 
 def scene_facts(scene):
     """One fact per object, in reading order: "circle red top left"."""
-    return [
-        f"{name} {color} {ROWS[cell // GRID]} {COLUMNS[cell % GRID]}" if color
-        else f"letter {name} {ROWS[cell // GRID]} {COLUMNS[cell % GRID]}"
-        for cell, (name, color) in sorted(scene.items())
-    ]  # fmt: skip
+    return [f"{name} {kind} {PLACES[cell]}" for cell, (name, kind) in sorted(scene.items())]
 
 
 def scene_questions(scene, rng):
     """{kind: (question, answer)}, one of each kind; the kinds mirror the paper's six benchmarks."""
-    letter = next(name for name, color in scene.values() if not color)
-    cell, (shape, color) = rng.choice([item for item in sorted(scene.items()) if item[1][1]])
-    absent = [name for name in SHAPES if all(name != other for other, _ in scene.values())]
+    objects = dict(scene.values())
+    cell = rng.choice([cell for cell in sorted(scene) if scene[cell][0] != "letter"])
+    shape, color = scene[cell]
+    absent = [name for name in SHAPES if name not in objects]
     asked = rng.choice(absent) if absent and rng.random() < 0.5 else shape
     options = [color, rng.choice([other for other in COLORS if other != color])]
     rng.shuffle(options)
     return {
         "existence": (f"Is there a {asked} in the image?", "no" if asked in absent else "yes"),
         "color": (f"What color is the {shape}?", color),
-        "position": (f"Where is the {shape}?", f"{ROWS[cell // GRID]} {COLUMNS[cell % GRID]}"),
+        "position": (f"Where is the {shape}?", PLACES[cell]),
         "count": ("How many shapes are there?", NUMBERS[len(scene) - 1]),
-        "letter": ("Which letter is in the image?", letter),
+        "letter": ("Which letter is in the image?", objects["letter"]),
         "choice": (f"Is the {shape} {options[0]} or {options[1]}?", color),
     }
+
+
+def conversation(*pairs):
+    """Turns of a record: each pair's question and answer."""
+    return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
 
 
 def write_world(folder, train=12000, test=600, seed=0):
@@ -945,22 +900,20 @@ def write_world(folder, train=12000, test=600, seed=0):
         scene = sample_scene(rng)
         name = f"{i:05d}.png"
         draw_scene(scene, rng).save(folder / "images" / name, compress_level=1)
-        facts, asked = scene_facts(scene), scene_questions(scene, rng)
-        if i >= train:
-            for kind, (question, answer) in asked.items():
-                questions.append({"question_id": len(questions), "image": name, "text": question,
-                                  "label": answer.capitalize(), "category": kind})  # fmt: skip
-            continue
-        rng.shuffle(facts)
-        caption = [{"from": "human", "value": "<image>\nDescribe the image."}]
-        caption.append({"from": "gpt", "value": ", ".join(facts)})
-        captions.append({"id": f"caption-{i}", "image": name, "conversations": caption})
-        turns = []
-        for kind in rng.sample(sorted(asked), 3):
-            question, answer = asked[kind]
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer.capitalize()}]
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        instructions.append({"id": f"instruct-{i}", "image": name, "conversations": turns})
+        asked = {kind: (text, answer.capitalize()) for kind, (text, answer) in scene_questions(scene, rng).items()}
+        if i < train:
+            facts = scene_facts(scene)
+            rng.shuffle(facts)
+            turns = conversation(("<image>\nDescribe the image.", ", ".join(facts)))
+            captions.append({"id": f"caption-{i}", "image": name, "conversations": turns})
+            turns = conversation(*(asked[kind] for kind in rng.sample(sorted(asked), 3)))
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            instructions.append({"id": f"instruct-{i}", "image": name, "conversations": turns})
+        else:
+            questions += [
+                {"question_id": len(questions) + j, "image": name, "text": text, "label": answer, "category": kind}
+                for j, (kind, (text, answer)) in enumerate(asked.items())
+            ]
     (folder / "caption.json").write_text(json.dumps(captions))
     (folder / "instruct.json").write_text(json.dumps(instructions))
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -996,30 +949,27 @@ def train_tokenizer(folder):
     tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
     special = ["<unk>", "<s>", "</s>"]  # LLaMA's ids: 0, 1, 2
     tokenizer.train_from_iterator(lines, 1024, min_frequency=1, special_tokens=special, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **names)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def fit(model, loss_of_a_batch, steps, rate, name, row):
-    """Train a backbone from scratch; row is its progress bar's."""
+def fit(model, loss_of_a_batch, steps, rate, row, folder):
+    """Train a backbone from scratch and write it, of CLIP the vision tower alone; row is its progress bar's."""
     optimizer = torch.optim.AdamW(model.train().parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
-    for _ in tqdm(range(steps), name, position=row, disable=None):
+    for _ in tqdm(range(steps), type(model).__name__, position=row, disable=None):
         loss = loss_of_a_batch()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-
-
-def save_backbone(model, folder):
-    """As save_pretrained does, but with the user's umask."""
-    model.config.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(save(model.state_dict(), {"format": "pt"}))
+    kept = getattr(model, "vision_model", model)
+    kept.config.save_pretrained(folder)
+    # save_pretrained would write the weights without regard to the user's umask
+    (folder / "model.safetensors").write_bytes(save(kept.state_dict(), {"format": "pt"}))
 
 
 def text_row(tokenizer, rng):
@@ -1028,16 +978,16 @@ def text_row(tokenizer, rng):
     if rng.random() < 0.5:
         facts = scene_facts(scene)
         rng.shuffle(facts)
-        before, text, skipped = "", " " + ", ".join(facts) + "\n", 0
+        before, text = "", " " + ", ".join(facts) + "\n"
     else:
         asked = rng.sample(sorted(scene_questions(scene, rng).values()), 3)
-        before = f" {SYSTEM} USER: "
-        text, skipped = "".join(f"\n{question} {answer}" for question, answer in asked), 1
-    # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+        before, text = f" {SYSTEM} USER: ", "".join(f"\n{question} {answer}" for question, answer in asked)
     head = [tokenizer.bos_token_id] + tokenizer(before).input_ids + tokenizer(scene_words(scene)).input_ids
     tail = tokenizer(text).input_ids
-    labels = [IGNORE] * (len(head) + skipped) + tail[skipped:]
-    return {"input_ids": head + tail, "labels": labels, "pixel_values": None}
+    labels = [IGNORE] * len(head) + tail
+    if before:  # the line break is no target: after a scene the LLM goes on with a caption unless it is asked
+        labels[len(head)] = IGNORE
+    return head + tail, labels
 
 
 def chat_row(tokenizer, rng):
@@ -1046,17 +996,15 @@ def chat_row(tokenizer, rng):
     So the LLM knows which capitalised words answer which question, and has no reason to pick one.
     """
     asked, other = (scene_questions(sample_scene(rng), rng) for _ in range(2))
-    turns = []
-    for kind in rng.sample(sorted(asked), 3):
-        turns += [{"from": "human", "value": asked[kind][0]}, {"from": "gpt", "value": other[kind][1].capitalize()}]
-    input_ids, labels = encode_conversation(turns, tokenizer, "v1")
-    return {"input_ids": input_ids, "labels": labels, "pixel_values": None}
+    pairs = [(asked[kind][0], other[kind][1].capitalize()) for kind in rng.sample(sorted(asked), 3)]
+    return encode_conversation(conversation(*pairs), tokenizer, "v1")
 
 
-def train_llm(world, steps=550, batch_size=32, seed=0):
+def train_llm(world):
     """world/llm: a LLaMA that has read scenes as words and chat without scenes."""
-    torch.manual_seed(seed)
-    rng, tokenizer = random.Random(seed), load_tokenizer(world / "llm")
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = load_tokenizer(world / "llm")
     llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=512, rms_norm_eps=1e-6, pad_token_id=0,
@@ -1065,17 +1013,18 @@ def train_llm(world, steps=550, batch_size=32, seed=0):
 
     def loss():
         row = chat_row if rng.random() < 1 / 8 else text_row
-        batch = collate([row(tokenizer, rng) for _ in range(batch_size)])
+        rows = [row(tokenizer, rng) for _ in range(32)]
+        batch = collate([{"input_ids": ids, "labels": labels, "pixel_values": None} for ids, labels in rows])
         return llm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
 
-    fit(llm, loss, steps, 2e-3, "LLaMA", 0)
-    save_backbone(llm, world / "llm")
+    fit(llm, loss, steps=550, rate=2e-3, row=0, folder=world / "llm")
 
 
-def train_clip(world, steps=250, batch_size=128, seed=0):
+def train_clip(world):
     """world/clip: the vision tower of a CLIP trained on pictures and their captions in reading order."""
-    torch.manual_seed(seed)
-    rng, tokenizer = random.Random(seed), load_tokenizer(world / "llm")
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = load_tokenizer(world / "llm")
     # CLIP reads a caption at its end token: <s> (1) serves, since transformers takes the id 2 for an old mistake
     size = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4)
     clip = CLIPModel(CLIPConfig(
@@ -1086,39 +1035,50 @@ def train_clip(world, steps=250, batch_size=128, seed=0):
     ))  # fmt: skip
 
     def loss():
-        scenes = [sample_scene(rng) for _ in range(batch_size // 2)]
+        scenes = [sample_scene(rng) for _ in range(64)]
         scenes += [near_twin(scene, rng) for scene in scenes]
         texts = [tokenizer(", ".join(scene_facts(scene))).input_ids + [1] for scene in scenes]
         pixels = [image_to_tensor(draw_scene(scene, rng), GRID * CELL, "crop") for scene in scenes]
         batch = collate([{"input_ids": t, "labels": t, "pixel_values": p} for t, p in zip(texts, pixels)])
         return clip(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], return_loss=True).loss
 
-    fit(clip, loss, steps, 1e-3, "CLIP", 1)
-    save_backbone(clip.vision_model, world / "clip")
+    fit(clip, loss, steps=250, rate=1e-3, row=1, folder=world / "clip")
 
 
 # ------------------------------------------------------------------------------------------
 # commands
 
 
-def show(args):
-    """Print records as the model sees them: [masked] text, then the text that is trained on."""
-    records = read_records(args.data, args.images)
+def one_line(main):
+    """Run a command; the user's mistake in it ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
     try:
-        tokenizer = load_tokenizer(args.tokenizer)
-    except Mistake as error:
-        raise Mistake(f"{error}; or first run train.py --stage 1, or give --tokenizer FOLDER") from None
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `... | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Mistake, OSError) as error:
+        text = str(error).rpartition("data.Mistake: ")[2]  # a reading process's comes at the end of its traceback
+        *before, last = (text.strip() or repr(error)).splitlines()
+        print(*before, f"{Path(sys.argv[0]).name}: error: {last}", sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
+def show(args):
+    """Print a few records as the model sees them, what is masked in [brackets]."""
+    records = read_records(args.data, args.images)
+    if not Path(args.tokenizer).is_dir():
+        raise Mistake(f"--tokenizer {args.tokenizer}: no such folder; first run train.py --stage 1, or name another")
+    tokenizer = load_tokenizer(args.tokenizer)
     template = args.template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
     for record in records[: args.count]:
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
-        image = "text alone"
-        if "image" in record:
-            width, height = open_image(args.images, record["image"]).size
-            image = f"{record['image']}, {width} x {height}"
         targets = sum(label != IGNORE for label in labels)
-        print(f"{record.get('id', 'no id')} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
-        kinds = [(label == IGNORE, token == IMAGE_TOKEN) for token, label in zip(input_ids, labels)]
+        image = record.get("image", "text alone")
+        print(f"{name_of(record)} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
         text = ""
+        kinds = [(label == IGNORE, token == IMAGE_TOKEN) for token, label in zip(input_ids, labels)]
         for (masked, is_image), run in groupby(range(len(kinds)), kinds.__getitem__):
             piece = "<image>" if is_image else tokenizer.decode([input_ids[i] for i in run])
             text += f"[{piece}]" if masked else piece
@@ -1126,57 +1086,56 @@ def show(args):
 
 
 def check(args):
-    """Print every record that is wrong, its image opened: index and id, file, reason. Exit code 1 if there is one."""
-    records, wrong = find_problems(args.data, args.images)
+    """Open every record and image; print index, id, file and reason where one is wrong. Exit code 1 if one is."""
+    records, problems = find_problems(args.data, args.images)
 
-    def image_problem(i):
-        if i not in wrong and "image" in records[i]:
+    def open_one(i):
+        if i not in problems and "image" in records[i]:
             try:
                 open_image(args.images, records[i]["image"])
             except Mistake as error:
-                return str(error)
+                problems[i] = str(error)
+        return i
 
     with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes outside Python's lock
-        found = tqdm(pool.map(image_problem, range(len(records))), "checked", len(records), disable=None)
-        for i, problem in enumerate(found):
-            if problem := wrong.get(i) or problem:
+        for i in tqdm(pool.map(open_one, range(len(records))), "checked", len(records), disable=None):
+            if i in problems:
                 image = records[i].get("image") if isinstance(records[i], dict) else None
-                tqdm.write(f"record {i} ({name_of(records[i])})\t{image}\t{problem}", file=sys.stdout)
-                wrong[i] = problem
-    print(f"{len(wrong)} of {len(records)} records are wrong")
-    sys.exit(1 if wrong else 0)
+                tqdm.write(f"record {i} ({name_of(records[i])})\t{image}\t{problems[i]}", file=sys.stdout)
+    print(f"{len(problems)} of {len(records)} records are wrong")
+    sys.exit(1 if problems else 0)
 
 
 def print_score(args):
-    """Print what an answers file scores."""
+    """Score an answers file in LLaVA's format, from any tool."""
     questions = read_benchmark(args.benchmark, args.questions, args.annotations)
     print(score_table(args.benchmark, score(args.benchmark, questions, read_answers(args.answers))))
 
 
 def main():
     parser = argparse.ArgumentParser(description="LLaVA records and the toy world")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def add(run, name, help):
-        command = commands.add_parser(name, help=help)
+    commands = parser.add_subparsers(required=True)
+    flags = {
+        "benchmark": dict(choices=BENCHMARKS),
+        "--data": dict(required=True, help="JSON file of LLaVA records"),
+        "--images": dict(required=True, help="folder of their images"),
+        "--tokenizer": dict(default="runs/tiny/world/llm", help="folder with a tokenizer (default: the toy world's)"),
+        "--template": dict(choices=("plain", "v1"), help="default: plain for one question each, else v1"),
+        "--count": dict(type=int, default=3, help="how many records"),
+        "--workers": dict(type=int, default=os.cpu_count(), help="images opened at a time"),
+        "--answers": dict(required=True, help="JSON lines with question_id, prompt, text"),
+        "--questions": dict(required=True, help="the benchmark's questions, as LLaVA publishes them"),
+        "--annotations": dict(help="the benchmark's labels, where its questions have none"),
+    }
+    for name, run, taken in (
+        ("show", show, ("--data", "--images", "--tokenizer", "--template", "--count")),
+        ("check", check, ("--data", "--images", "--workers")),
+        ("score", print_score, ("benchmark", "--answers", "--questions", "--annotations")),
+    ):
+        command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
-        return command.add_argument
-
-    flag = add(show, "show", "print a few records as the model sees them, what is masked in [brackets]")
-    flag("--data", required=True, help="JSON file of LLaVA records")
-    flag("--images", required=True, help="folder of their images")
-    flag("--tokenizer", default="runs/tiny/world/llm", help="folder with a tokenizer (default: the toy world's)")
-    flag("--template", choices=("plain", "v1"), help="default: plain for one question each, else v1")
-    flag("--count", type=int, default=3, help="how many records")
-    flag = add(check, "check", "open every record and image, and print what is wrong with which")
-    flag("--data", required=True, help="JSON file of LLaVA records")
-    flag("--images", required=True, help="folder of their images")
-    flag("--workers", type=int, default=os.cpu_count(), help="images opened at a time")
-    flag = add(print_score, "score", "score an answers file in LLaVA's format, from any tool")
-    flag("benchmark", choices=BENCHMARKS)
-    flag("--answers", required=True, help="JSON lines with question_id, prompt, text")
-    flag("--questions", required=True, help="the benchmark's questions, as LLaVA publishes them")
-    flag("--annotations", help="the benchmark's labels, where its questions have none")
+        for flag in taken:
+            command.add_argument(flag, **flags[flag])
     args = parser.parse_args()
     args.run(args)
 

@@ -279,7 +279,7 @@ def accuracy(answered):
     """{kind: share of right answers} of [(question, answer)], and "all"."""
     right = defaultdict(list)
     for question, text in answered:
-        right[data.kind_of(question)].append(data.is_correct(text, question["label"]))
+        right[data.kind_of(question)].append(data.exact(text) == data.exact(question["label"]))
     right["all"] = sum(right.values(), [])
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
