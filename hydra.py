@@ -184,24 +184,6 @@ def build_projector(kind, clip_width, llm_width):
 # the adapter
 
 
-class DropoutLinear(torch.autograd.Function):
-    """linear(dropout(x), A), but only x and the mask are kept: x is there anyway, and shared by q, k and v."""
-
-    @staticmethod
-    def forward(ctx, x, A, p):
-        dropped, mask = torch.native_dropout(x, p, True)
-        ctx.save_for_backward(x, A, mask)
-        ctx.scale = 1 / (1 - p)
-        return F.linear(dropped, A)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, A, mask = ctx.saved_tensors
-        grad_A = grad.flatten(0, -2).T @ (x * mask).to(grad.dtype).flatten(0, -2)
-        grad_x = (grad @ A.to(grad.dtype)).mul_(mask).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_A * ctx.scale, None
-
-
 class HybridLoRALinear(nn.Module):
     """A frozen linear map plus a low-rank one (LoRA, arXiv 2106.09685) whose rank can move:
 
@@ -244,7 +226,7 @@ class HybridLoRALinear(nn.Module):
     def forward(self, x):
         y = self.base(x)
         if self.training and self.dropout:
-            h = DropoutLinear.apply(x, self.lora_A, self.dropout)  # [.., r]
+            h = DropoutLinear.apply(x, self.lora_A, self.dropout)  # [.., r], keeping little for the backward pass
         else:
             h = F.linear(x, self.lora_A)
         # y + scale · h Bᵀ, without a tensor of y's size in between
@@ -627,7 +609,7 @@ class RankController:
         if self.method == "hydra" and step > self.event_steps[2] and not self.judged:
             return before  # too late for a first move: what turns out to do harm could not be made good
         promised, brought = np.sum(self.judged or [[1, 1]], axis=0)
-        share = float(np.clip(brought / promised, 0, 4))
+        share = float(np.clip(brought / max(promised, 1e-12), 0, 4))
         fine = 0 * fine if self.method == "coarse" else fine
         if self.method == "random":
             fine = np.random.default_rng(self.seed).normal(size=fine.shape)
@@ -678,8 +660,30 @@ class RankController:
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Pretrained parts, checkpoints, export, commands.
+# From here on: skip on a first reading. Dropout's memory, pretrained parts, checkpoints, export, commands.
 # ------------------------------------------------------------------------------------------
+
+
+class DropoutLinear(torch.autograd.Function):
+    """linear(dropout(x), A), but only x and the mask are kept: x is there anyway, and shared by q, k and v."""
+
+    @staticmethod
+    def forward(ctx, x, A, p):
+        dropped, mask = torch.native_dropout(x, p, True)
+        ctx.save_for_backward(x, A, mask)
+        ctx.scale = 1 / (1 - p)
+        return F.linear(dropped, A)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A, mask = ctx.saved_tensors
+        grad_A = grad.flatten(0, -2).T @ (x * mask).to(grad.dtype).flatten(0, -2)
+        grad_x = (grad @ A.to(grad.dtype)).mul_(mask).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_A * ctx.scale, None
+
+
+# ------------------------------------------------------------------------------------------
+# pretrained parts
 
 CLIP = "openai/clip-vit-large-patch14-336"  # MobileVLM's
 COMPUTED = r"rotary_emb\.inv_freq$|position_ids$"  # in files of older versions; models compute them
