@@ -295,7 +295,7 @@ Image.new("1", (2000, 2000)).save(BOMB, "PNG")
     ("data:;base64," + base64.b64encode(BOMB.getvalue()).decode(), "4000000 pixels"),
     ("no.jpg", "no such image"),
     ("float.tiff", "float.tiff: has 32 bits a pixel"),
-    (".", "is a folder"),
+    (".", "no such image file"),
     ("http://example.org/dot.png", "is an address"),
     ("../outside.png", "outside"),
     ("a\0b.png", "cannot be read"),
@@ -683,7 +683,7 @@ def test_stages_leave_a_checkpoint_a_log_and_a_picture(stage2):
     assert rows[-1]["result"]["test_loss"].keys() == rows[-1]["result"]["accuracy"].keys() == kinds
 
 
-def test_gradient_does_not_depend_on_the_split(run, world, stage1, tokenizer):
+def test_gradient_does_not_depend_on_the_split(world, stage1, tokenizer, group):
     """Processes × passes, whole or in parts of a row or a few; Adam's first moment is a tenth of the first gradient.
 
     The global batch is incomplete, of images and text alone, so that some processes see no image.
@@ -1147,8 +1147,8 @@ def test_textvqa_scores_against_ten_people(tmp_path):
     # 4 of 10 agree: 1 from all ten; 1 of 10: a third from nine, nothing from the one
     assert data.score("textvqa", questions, answers) == pytest.approx({"accuracy": (1 + 0.3) / 2})
     for text, plain in {
-        "The Two, cats.": "2 cats", "1,000.50": "1000.50", "Bob's": "bob 's", "dont": "don't", "couldnt've": "couldn't've",
-        "a/b": "b", "x /b-c": "x b c", "None": "0", "somebody'd": "somebodyd", "what?\nno": "what no",
+        "The Two, cats.": "2 cats", "1,000.50": "1000.50", "Bob's": "bob 's", "dont": "don't", "a/b": "b",
+        "couldnt've": "couldn't've", "x /b-c": "x b c", "None": "0", "somebody'd": "somebodyd", "what?\nno": "what no",
     }.items():  # fmt: skip
         question = questions[0] | {"label": [plain] * 10}
         assert data.score("textvqa", [question], answers_to([question], text)) == {"accuracy": 1}, text
@@ -1234,7 +1234,7 @@ def test_a_cut_answers_file(tmp_path):
     ([], "list of records"),
     ("not json", "not valid JSON"),
     ('{"conversations": "x"}', r"records.json.*has no list 'conversations'"),
-    ('[{"a": 1}]\n]', "records.json: is not valid JSON"),
+    ('[{"a": 1}]\n]', "records.json: .*is not valid JSON"),
     ('{"a": 1}\n{"b"', "records.json: line 2.* is not valid JSON"),
     ('[{"id": "\ud83d', "is not valid JSON"),
     ("[" * 100_000, "is not valid JSON"),
@@ -1436,7 +1436,7 @@ def test_bad_models(world, uneven, tokenizer, tmp_path):
         assert "\n" not in str(raised.value)
     tokenizer.add_tokens(["<x>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(data.Mistake, match="tokenizer of .* ids for a model of"):
+    with pytest.raises(data.Mistake, match="a tokenizer .* for a model of"):
         hydra.load_llm(other)
     clip = shutil.copytree(world / "clip", tmp_path / "clip")
     steps = {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3, "do_normalize": True}
