@@ -1053,6 +1053,8 @@ def one_line(main):
     """Run a command; the user's mistake in it ends in one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
+    if sys.stdin:  # undecodable bytes are refused where the text is used
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()

@@ -261,7 +261,7 @@ class HybridLoRALinear(nn.Module):
 
         Growing leaves the function as it is: new columns of B are zero. Shrinking drops the weakest components. A and B
         are new objects, which take the old ones' place in the optimizer, Adam: kept components keep their moments; a
-        new one starts with first moment 0 and the mean second moment of its neighbours, since with 0 there its first
+        new one starts with first moment 0 and the mean second moment of those kept, since with 0 there its first
         steps would be far larger than theirs.
         """
         rank = coarse_rank + fine_rank
@@ -428,7 +428,7 @@ class HydraVLM(nn.Module):
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each gives its gradient at once; on a GPU the sum is in bf16: only the log sees it
+        if torch.is_grad_enabled():  # each gives its gradient at once; on a GPU the sum is bf16, for the log alone
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -484,7 +484,9 @@ def look(modules, measure):
     found = [measure(), []]
     for hook in hooks:
         hook.remove()
-    for module, (gram, energy) in sums.items() if math.isfinite(found[0]) else ():
+    if not math.isfinite(found[0]):
+        return found
+    for module, (gram, energy) in sums.items():
         if dist.is_initialized():
             dist.all_reduce(gram)
             dist.all_reduce(energy)
@@ -549,8 +551,8 @@ class RankController:
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
         self.last = None  # log needs at the last look
-        self.pending = None  # the move to be judged: [components added, loss promised, loss that dropping cost]
-        self.probes = []  # [worth masked, components masked, rise of the loss]
+        self.pending = None  # the move to be judged: [components added, loss promised, loss that it cost, ranks before]
+        self.probes = []  # maskings: [worth, components, rise of the loss]
         self.judged = []  # [loss promised, brought]
         self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().tolist()}]
 
@@ -561,6 +563,7 @@ class RankController:
         vars(self).update(state)
 
     def ranks(self):
+        """[layers, projections]"""
         return np.array([module.rank for module in self.modules]).reshape(self.costs.shape)
 
     def event(self, step, measure, optimizer):
@@ -584,67 +587,78 @@ class RankController:
     def decide(self, step, before, loss, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
         costs = self.costs.flatten()
-        law = before * (before + 1.0)
-        equal = np.log(law * costs)  # log needs with which last components are equally worth per parameter
-        need = np.log([spectrum[-1] ** 2 for spectrum in spectra] * law)
-        last = need if self.last is None else np.array(self.last)
+        need = np.log([spectrum[-1] ** 2 for spectrum in spectra] * before * (before + 1.0))
+        # log need at which the last component of every module has the same worth per parameter
+        parity = np.log(before * (before + 1.0) * costs)
+        need_before = need if self.last is None else np.array(self.last)
         self.last = need.tolist()
-        *now, entry["spread"] = coarse_and_fine((need - equal).reshape(self.costs.shape))
-        *then, _ = coarse_and_fine((last - equal).reshape(self.costs.shape))
+        *deviations, entry["spread"] = coarse_and_fine((need - parity).reshape(self.costs.shape))
+        *deviations_before, _ = coarse_and_fine((need_before - parity).reshape(self.costs.shape))
         # what has passed since the last look moves no rank: of two deviations of one sign the smaller, else 0
-        coarse, fine = (new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in zip(now, then))
+        coarse, fine = (
+            new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in zip(deviations, deviations_before)
+        )
         entry |= {"coarse": coarse.flatten().tolist(), "fine": fine.tolist()}
         if step == self.event_steps[0]:
             entry["choice"] = "look"
             return before
-        if self.pending:  # judge the last move by the loss without what it added
-            added, promised, cost = self.pending
+        if self.pending:  # judge the last move by the loss without as many of the weakest components as it added
+            added, promised, cost, ranks_before = self.pending
             self.pending = None
             brought = self.rise_without(added, loss, measure)
             self.judged.append([promised, brought])
             entry |= {"promised": promised, "realised_gain": brought - cost}
             if brought < 0:
                 entry["choice"] = "undo"
-                return np.array(self.history[-1]["ranks_before"]).flatten()
+                return np.array(ranks_before)
         if self.method == "hydra" and step > self.event_steps[2] and not self.judged:
             return before  # too late for a first move: what turns out to do harm could not be made good
         promised, brought = np.sum(self.judged or [[1, 1]], axis=0)
         share = float(np.clip(brought / max(promised, 1e-12), 0, 4))
-        fine = 0 * fine if self.method == "coarse" else fine
+        if self.method == "coarse":
+            fine = 0 * fine
         if self.method == "random":
+            coarse = 0 * coarse
             fine = np.random.default_rng(self.seed).normal(size=fine.shape)
-        settled = (need - equal).mean() + (coarse + fine).flatten() + equal  # log needs [L · 7]
+        settled = (need - parity).mean() + (coarse + fine).flatten() + parity  # log needs [L · 7]
 
         def worth(i, k):
             if k <= before[i]:
                 return spectra[i][k - 1] ** 2 * math.exp(settled[i] - need[i])
             return share * math.exp(settled[i]) / (k * (k + 1))
 
-        most = np.minimum(2 * before, [module.max_rank for module in self.modules])
-        ranks = fill(worth, costs, self.budget, most)
+        ranks = fill(worth, costs, self.budget, np.minimum(2 * before, [module.max_rank for module in self.modules]))
         entry["choice"] = "stay" if (ranks == before).all() else "move"
         if entry["choice"] == "stay" or self.method not in ("hydra", "dynamic"):
             return ranks
         grown = np.maximum(ranks - before, 0)
-        for masked in (np.maximum(before - ranks, 0), grown > 0):  # what is to go, and the weakest of what is to grow
+        dropped = np.maximum(before - ranks, 0)
+        rises = []
+        for masked in (dropped, grown > 0):  # what is to go, and the weakest component of each module that is to grow
+            rises.append(self.rise_without(masked, loss, measure))
+            # the tail of a spectrum stands for the weakest components, whose directions are not quite its own
             taken = sum((spectrum[len(spectrum) - n :] ** 2).sum() for spectrum, n in zip(spectra, masked))
-            self.probes.append([float(taken), int(masked.sum()), self.rise_without(masked, loss, measure)])
-        cost = max(self.probes[-2][2], 0.0)  # that masking helps is chance
+            if taken > 0:
+                self.probes.append([float(taken), int(masked.sum()), rises[-1]])
+        cost = max(rises[0], 0.0)  # that masking helps is chance
         price, error = self.fit(0)
         _, blind = self.fit(1)
-        promised = price * float((np.exp(settled) * (1 / (before + 1) - 1 / (before + grown + 1))).sum())
-        entry |= {"predicted_gain": share * promised - cost, "error": error, "error_without_signals": blind}
-        if self.method == "hydra" and not (error < blind and share * promised - cost > LEAST * loss):
+        # the sum of 1 / k(k + 1) over the components added
+        added = 1 / (before + 1) - 1 / (before + grown + 1)
+        promised = price * float((np.exp(settled) * added).sum())
+        gain = share * promised - cost
+        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}
+        if self.method == "hydra" and not (error < blind and gain > LEAST * loss):
             entry["choice"] = "abstain"
             return before
-        self.pending = [grown.tolist(), promised, cost]
+        self.pending = [grown.tolist(), promised, cost, before.tolist()]
         return ranks
 
     def fit(self, column):
         """(loss per worth (column 0) or component (1), error at probes left out, as a standard log ratio)."""
         x, y = np.array(self.probes)[:, [column, 2]].T
         log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
-        left_out = (log - log.mean()) * len(log) / (len(log) - 1)
+        left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
         return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))
 
     @torch.no_grad()

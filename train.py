@@ -87,7 +87,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     epochs: int = flag(1, "passes over the data")
     max_steps: int = flag(None, "stop after so many steps, the schedule shortened to fit")
-    seed: int = flag(0, "of initial weights, data order, dropout and rank probes")
+    seed: int = flag(0, "of initial weights, data order, dropout and new components")
     resume: bool = flag(False, "continue from the newest checkpoint in --out")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
     num_workers: int = flag(None, "processes that read images ahead (default: 4 per GPU, 0 without GPU)")
@@ -475,7 +475,7 @@ def run(config):
                 part_loss.backward()
                 loss, targets = loss + part_loss.detach(), targets + part_targets
 
-        # divided once by its number of targets, so that the split does not matter; DDP averages, hence world_size
+        # divided once by its number of targets: how it is split does not matter; DDP averages, hence world_size
         loss, targets, broken, stop = total(loss, targets, len(bad), bool(stop_signals))
         trained = trained_parameters(model)
         torch._foreach_mul_([p.grad for p in trained], world_size / max(targets, 1))
