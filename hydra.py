@@ -3,7 +3,7 @@
     python hydra.py chat CHECKPOINT --image FILE [--prompt TEXT]
     python hydra.py export CHECKPOINT --format peft|mobilevlm|hf --to DIR
 
-Read this file from the top to the section comment that says what to skip; then train.py, then data.py, likewise.
+Read this file down to the section comment that says what to skip; then train.py and data.py likewise.
 
     image [B, 3, 336, 336]
       -> CLIPEncoder, frozen              [B, 576, 1024]
@@ -458,8 +458,7 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-# both measured where it is known what is needed
-NOISE = 0.6  # standard deviation of log needs where all modules need the same
+NOISE = 0.6  # standard deviation of log needs where all modules need the same: measured where that is known
 LEAST = 0.01  # share of the loss that a move has to promise: what promises less moves where needs are equal, too
 
 
@@ -595,9 +594,8 @@ class RankController:
         *deviations, entry["spread"] = coarse_and_fine((need - parity).reshape(self.costs.shape))
         *deviations_before, _ = coarse_and_fine((need_before - parity).reshape(self.costs.shape))
         # what has passed since the last look moves no rank: of two deviations of one sign the smaller, else 0
-        coarse, fine = (
-            new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in zip(deviations, deviations_before)
-        )
+        pairs = zip(deviations, deviations_before)
+        coarse, fine = (new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in pairs)
         entry |= {"coarse": coarse.flatten().tolist(), "fine": fine.tolist()}
         if step == self.event_steps[0]:
             entry["choice"] = "look"
@@ -636,15 +634,13 @@ class RankController:
         rises = []
         for masked in (dropped, grown > 0):  # what is to go, and the weakest component of each module that is to grow
             rises.append(self.rise_without(masked, loss, measure))
-            # the tail of a spectrum stands for the weakest components, whose directions are not quite its own
             taken = sum((spectrum[len(spectrum) - n :] ** 2).sum() for spectrum, n in zip(spectra, masked))
             if taken > 0:
                 self.probes.append([float(taken), int(masked.sum()), rises[-1]])
         cost = max(rises[0], 0.0)  # that masking helps is chance
         price, error = self.fit(0)
         _, blind = self.fit(1)
-        # the sum of 1 / k(k + 1) over the components added
-        added = 1 / (before + 1) - 1 / (before + grown + 1)
+        added = 1 / (before + 1) - 1 / (before + grown + 1)  # the sum of 1 / k(k + 1) over them
         promised = price * float((np.exp(settled) * added).sum())
         gain = share * promised - cost
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}

@@ -2192,6 +2192,7 @@ def bench_adapter():
         """MB that the forward pass keeps for the backward pass, its input and not its weights counted."""
         memory = Memory()
         memory.label([x], "temporary")
+        memory.label(module.parameters(), "weights")
         with torch.autograd.graph.saved_tensors_hooks(memory.keep, lambda tensor: tensor), memory:
             y = module(x)  # as long as it lives its graph does
             return memory.now["kept"] / 1e6
