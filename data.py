@@ -193,7 +193,7 @@ def open_image(folder, name):
         elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
             raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
         elif not path.is_file():
-            raise Mistake(f"{path}: no such image file; check --images and the record")
+            raise Mistake(f"{path}: no such image{', but a folder' * path.is_dir()}; check --images and the record")
         image = Image.open(source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
             raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
