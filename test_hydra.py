@@ -295,7 +295,7 @@ Image.new("1", (2000, 2000)).save(BOMB, "PNG")
     ("data:;base64," + base64.b64encode(BOMB.getvalue()).decode(), "4000000 pixels"),
     ("no.jpg", "no such image"),
     ("float.tiff", "float.tiff: has 32 bits a pixel"),
-    (".", "no such image file"),
+    (".", "no such image, but a folder"),
     ("http://example.org/dot.png", "is an address"),
     ("../outside.png", "outside"),
     ("a\0b.png", "cannot be read"),
