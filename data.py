@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -183,7 +184,7 @@ def encode_conversation(conversations, tokenizer, template):
 
 
 def open_image(folder, name):
-    """RGB image `name` in `folder`, or of a data URL (data:;base64,…); Mistake if missing, broken, huge or outside."""
+    """RGB image `name` in `folder`, or of a data URL (data:;base64); Mistake if missing, broken, huge or outside."""
     if "://" in name and not name.startswith("data:"):
         raise Mistake(f"{name}: is an address; download the image, and name its file")
     path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
@@ -383,13 +384,13 @@ def global_batches(records, batch_size, seed, epoch):
 
 
 def micro_batches(batch, per_device, world_size):
-    """Split one global batch: [steps][processes] lists of at most per_device indices.
+    """Split one global batch: [passes][processes] lists of at most per_device indices.
 
-    Every step has a list for every process, empty at worst, so that all take part in each step.
+    Every pass has a list for every process, empty at worst, so that all take part in each pass.
     """
-    steps = -(-len(batch) // (per_device * world_size))
-    parts = np.array_split(np.array(batch), steps * world_size)
-    return [[part.tolist() for part in parts[i * world_size : (i + 1) * world_size]] for i in range(steps)]
+    count = -(-len(batch) // (per_device * world_size))
+    parts = np.array_split(np.array(batch), count * world_size)
+    return [[part.tolist() for part in parts[i * world_size : (i + 1) * world_size]] for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -1053,6 +1054,7 @@ def one_line(main):
     """Run a command; the user's mistake in it ends in one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such images itself
     if sys.stdin:  # undecodable bytes are refused where the text is used
         sys.stdin.reconfigure(errors="surrogateescape")
     try:

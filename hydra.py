@@ -205,9 +205,8 @@ class HybridLoRALinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.directions = None  # [k, in]: the input's principal directions, each as long as it is strong; see align
-        zeros = partial(torch.zeros, dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(zeros(0, base.in_features))  # [r, in]
-        self.lora_B = nn.Parameter(zeros(base.out_features, 0))  # [out, r]
+        self.lora_A = nn.Parameter(torch.zeros(0, base.in_features, device=base.weight.device))  # [r, in]
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, 0, device=base.weight.device))  # [out, r]
         self.resize(coarse_rank, fine_rank)
 
     @property
@@ -466,8 +465,8 @@ LEAST = 0.01  # share of the loss that a move has to promise: what promises less
 def look(modules, measure):
     """(loss, spectra) from one run over the probe records, which measure() is; the same on all processes.
 
-    Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs, scale · B · Σ^½
-    with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖².
+    Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs,
+    scale · B · Σ^½ with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖².
     """
     zeros = partial(torch.zeros, dtype=torch.float64)  # a process may have no probe records
     sums = {module: (zeros(module.rank, module.rank), zeros(())) for module in modules}
@@ -480,21 +479,22 @@ def look(modules, measure):
             sums[module][1].add_(base.square().sum().double().cpu())
 
     hooks = [module.register_forward_hook(watch) for module in modules]
-    found = [measure(), []]
+    loss = measure()
     for hook in hooks:
         hook.remove()
-    if not math.isfinite(found[0]):
-        return found
+    if not math.isfinite(loss):
+        return loss, []
+    spectra = []
     for module, (gram, energy) in sums.items():
         if dist.is_initialized():
             dist.all_reduce(gram)
             dist.all_reduce(energy)
         values, vectors = torch.linalg.eigh(gram)
         outputs = module.scale * module.lora_B.double().cpu() @ (vectors * values.clamp(min=0).sqrt())  # [out, r]
-        found[1].append((torch.linalg.svdvals(outputs) / energy.sqrt() + 1e-12).numpy())
+        spectra.append((torch.linalg.svdvals(outputs) / energy.sqrt() + 1e-12).numpy())
     if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found
+        dist.broadcast_object_list(spectra)
+    return loss, spectra
 
 
 def coarse_and_fine(log_need):
@@ -559,11 +559,10 @@ class RankController:
         return {key: getattr(self, key) for key in self.STATE}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        vars(self).update({key: state[key] for key in self.STATE})
 
     def ranks(self):
-        """[layers, projections]"""
-        return np.array([module.rank for module in self.modules]).reshape(self.costs.shape)
+        return np.array([module.rank for module in self.modules]).reshape(self.costs.shape)  # [layers, projections]
 
     def event(self, step, measure, optimizer):
         """One rank event; returns its log entry. measure() is the loss on the probe records, equal on all processes."""
@@ -630,9 +629,8 @@ class RankController:
         if entry["choice"] == "stay" or self.method not in ("hydra", "dynamic"):
             return ranks
         grown = np.maximum(ranks - before, 0)
-        dropped = np.maximum(before - ranks, 0)
         rises = []
-        for masked in (dropped, grown > 0):  # what is to go, and the weakest component of each module that is to grow
+        for masked in (np.maximum(before - ranks, 0), grown > 0):  # what is to go; of what is to grow the weakest
             rises.append(self.rise_without(masked, loss, measure))
             taken = sum((spectrum[len(spectrum) - n :] ** 2).sum() for spectrum, n in zip(spectra, masked))
             if taken > 0:
@@ -660,11 +658,11 @@ class RankController:
     @torch.no_grad()
     def rise_without(self, counts, loss, measure):
         """What the probe loss rises by while so many [L · 7] of each adapter's weakest components are masked."""
-        saved = [module.lora_B.clone() for module in self.modules]
-        for module, count in zip(self.modules, counts):
-            module.lora_B[:, module.by_strength()[module.rank - int(count) :]] = 0
+        masked = [(module, int(count), module.lora_B.clone()) for module, count in zip(self.modules, counts) if count]
+        for module, count, _ in masked:
+            module.lora_B[:, module.by_strength()[-count:]] = 0
         rise = measure() - loss
-        for module, B in zip(self.modules, saved):
+        for module, _, B in masked:
             module.lora_B.copy_(B)
         return rise
 

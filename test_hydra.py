@@ -196,7 +196,9 @@ def test_checkpoint_matches_upstream():
 # data
 
 
-@pytest.mark.parametrize("answer", ["", "word " * 1_000_000, "naïve 東京 \x00", "a </s> b", "USER: </s> ASSISTANT: <s>"])
+@pytest.mark.parametrize(
+    "answer", ["", "word " * 1_000_000, "naïve 東京 \x00", "a </s> b", "USER: </s> ASSISTANT: <s>"]
+)
 def test_answers_of_all_kinds(world, tokenizer, answer):
     opening = [{"from": "gpt", "value": "an answer to nothing"}]  # as in a few public records
     records = [record(conversations=opening + turns("<image>\nWhat?", answer))]
@@ -1171,7 +1173,8 @@ def test_mme_adds_accuracy_and_both_right(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark, instruction", [
-    ("mmbench", "Answer with the option's letter from the given choices directly."), ("mmbench_cn", "请直接回答选项字母。"),
+    ("mmbench", "Answer with the option's letter from the given choices directly."),
+    ("mmbench_cn", "请直接回答选项字母。"),
 ])  # fmt: skip
 def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instruction):
     table = ("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tnan\tA\taGk=\n"
@@ -1187,6 +1190,18 @@ def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instr
 
 
 QUESTIONS = [{"question_id": i, "image": "i", "text": "What?", "label": "x"} for i in range(4)]
+
+
+def test_a_bomb_in_a_table_is_refused(tmp_path):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    row = ["7", "Which?", "", "cat", "dog", "", "", "A", base64.b64encode(bomb.getvalue()).decode()]
+    head = ["index", "question", "hint", *"ABCD", "answer", "image"]
+    write(tmp_path / "q.tsv", "\n".join(["\t".join(head), "\t".join(row), ""]))
+    (question,) = data.read_benchmark("mmbench", tmp_path / "q.tsv")
+    with pytest.raises(data.Mistake, match="400000000 pixels") as raised:
+        data.open_image(None, question["image"])
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
 
 
 def test_answers_and_labels_must_match_the_questions(tmp_path):

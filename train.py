@@ -110,6 +110,10 @@ RECIPES = {  # of the two stages, MobileVLM's: for a global batch on any number 
 }
 # of stage 1, stage 2, and stage 2 with --method full; tiny's were chosen on held-out loss
 LEARNING_RATES = {"tiny": (7e-3, 2.5e-3, 1e-3), "1.7b": (1e-3, 1e-4, 2e-5), "3b": (1e-3, 2e-4, 4e-5)}
+# what may differ when a run is resumed, whose records and backbones have fingerprints of their own
+FREE = ("model", "vision_tower", "projector", "data", "images", "questions", "out", "stage1", "resume", "num_workers",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_pass", "gradient_checkpointing",
+        "log_steps", "eval_steps", "save_steps", "keep", "max_bad")  # fmt: skip
 
 
 def complete(config, world_size):
@@ -197,10 +201,8 @@ def save(config, model, state):
 def load(checkpoint, config, model, records, optimizer, controller):
     """Put a run of the same flags, data and model back; returns the loop's state."""
     saved = hydra.read_config(checkpoint)["run"]
-    for key in ("stage", "method", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "global_batch_size",
-                "learning_rate", "warmup_ratio", "max_grad_norm", "epochs", "max_steps", "seed"):  # fmt: skip
-        there, here = saved.get(key), getattr(config, key)
-        if there != here:
+    for key, here in asdict(config).items():
+        if key not in FREE and (there := saved.get(key)) != here:
             raise Mistake(f"--resume: {checkpoint} was run with --{key} {there}, not {here}; use the same flags")
     hydra.restore(model, checkpoint)
     with reading(checkpoint / "trainer.pt"):
@@ -431,7 +433,6 @@ def run(config):
 
     # what came after the checkpoint is written again, an evaluation at its own step, too
     is_past = lambda row: row["step"] < first or row["step"] == first and not {"held_out_loss", "result"} & row.keys()
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     log = Log(Path(config.out, "log.jsonl"), is_past)
     probe, validation = (hold(config, model, samples(part)) for part in (probe, validation))
     say(parameter_table(model))
@@ -495,8 +496,8 @@ def run(config):
             report_broken(config, state, gather(bad), len(train), log)
         if state["in_a_row"] > 10:
             names = [train[i].get("id", i) for parts in micro_batches(step) for part in parts for i in part]
-            words = f"no finite gradient for 11 steps; lower --learning_rate, or look at records {names}"
-            raise Mistake(f"step {done}: {words}")
+            advice = f"lower --learning_rate, or look at records {names}"
+            raise Mistake(f"step {done}: no finite gradient for 11 steps; {advice}")
         if controller and done in controller.event_steps:
             since = time.time()
             entry = controller.event(done, partial(held_out_loss, model, probe), optimizer)
@@ -591,6 +592,7 @@ class Log:
         self.rows, self.file = [], None
         if dist.get_rank() > 0:
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -813,6 +815,8 @@ def run_benchmark(config):
     device = set_up_processes()
     questions = data.read_benchmark(config.benchmark, config.questions, config.annotations)
     path = Path(config.answers or f"{config.checkpoint}/answers-{config.benchmark}.jsonl")
+    if not path.parent.is_dir():
+        raise Mistake(f"--answers {path}: its folder does not exist; name another file")
     log = Log(path)
     answers = gather(log.rows)
     # a run that trains on is another model
