@@ -240,8 +240,8 @@ def image_to_tensor(image, size, mode):
 # records, all checked before anything else is loaded: see find_problems
 
 
-def read_json(path, lines=False, cut=False):
-    """Parsed JSON; a list from JSON lines, whatever the file's name. cut: without a last line cut short by a kill."""
+def read_json(path, lines=False):
+    """Parsed JSON; a list from JSON lines, whatever the file's name."""
 
     def parse(text, where=""):
         try:
@@ -251,17 +251,11 @@ def read_json(path, lines=False, cut=False):
 
     with reading(path):
         content = Path(path).read_bytes()
-    if not (lines or str(path).endswith(".jsonl")):
-        try:
-            return parse(content)
-        except Mistake as error:
-            if "Extra data" not in str(error):
-                raise
-    *whole_lines, last = content.split(b"\n")  # bytes: a cut may lie within a character
-    values = [parse(line, f"line {i} ") for i, line in enumerate(whole_lines, 1) if line.strip()]
-    if last.strip() and not cut:
-        values.append(parse(last, f"line {len(whole_lines) + 1}, the last, is cut short or "))
-    return values
+    if not (lines or str(path).endswith(".jsonl") or re.search(rb"}\s*\n\s*{", content)):  # which no one value holds
+        return parse(content)
+    rows = content.splitlines()
+    last = ", the last, is cut short or"
+    return [parse(row, f"line {i}{last * (i == len(rows))} ") for i, row in enumerate(rows, 1) if row.strip()]
 
 
 def read_records(path, images):
@@ -270,8 +264,7 @@ def read_records(path, images):
     if problems:
         lines = [f"{path}: record {i} ({name_of(records[i])}): {problems[i]}" for i in [*problems][:20]]
         if len(problems) > 1:
-            advice = "repair or remove them (data.py check lists all)"
-            lines.append(f"{path}: {len(problems)} of {len(records)} records are wrong; {advice}")
+            lines.append(f"{path}: {len(problems)} of {len(records)} records are wrong (data.py check lists all)")
         raise Mistake("\n".join(lines))
     return records
 
@@ -426,11 +419,9 @@ def find_problems(path, images):
 
     @lru_cache(maxsize=None)
     def names_in(folder):
-        """{name: whether it stays in the image folder}: one look at each folder, not at each of 665k files."""
-        if not os.path.isdir(folder):
-            return {}
-        inside = stays(folder)
-        return {item.name: inside and (not item.is_symlink() or stays(item)) for item in os.scandir(folder)}
+        """What a folder holds inside the image folder: one look at each folder, not at each of 665k files."""
+        items = os.scandir(folder) if os.path.isdir(folder) and stays(folder) else ()
+        return {item.name for item in items if not item.is_symlink() or stays(item)}
 
     problems = {}
     for i, record in enumerate(records):
@@ -452,11 +443,10 @@ def check_record(record, roots, names_in):
         if turn.get("from") not in ("human", "gpt"):
             raise Mistake(f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'")
         check_text(turn["value"], "a turn")
-    speakers = [turn["from"] for turn in turns]
-    late = speakers[:1] == ["gpt"]  # an answer to nothing, which is dropped
-    if len(turns) < late + 2 or any(a == b for a, b in zip(speakers, speakers[1:])):
+    speakers = "".join(turn["from"][0] for turn in turns)
+    if not re.fullmatch("g?(hg)+h?", speakers):  # an answer to nothing, at the start, is dropped
         raise Mistake("'human' and 'gpt' must take turns, and there must be a question and its answer")
-    if any("<image>" in turn["value"] for turn in turns[1 - late :: 2]):
+    if any("<image>" in turn["value"] for turn in turns if turn["from"] == "gpt"):
         raise Mistake("has <image> in an answer; it belongs in a question")
     placeholders = sum(turn["value"].count("<image>") for turn in turns)
     if record.get("image") in ("", None):
@@ -473,20 +463,15 @@ def check_record(record, roots, names_in):
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         raise Mistake("field 'image' is not the name of a file inside the image folder")
     folder, file = os.path.split(os.path.join(roots[0], name))
-    stays = names_in(folder).get(file)
-    if stays is None:
-        raise Mistake(f"image {folder}/{file} does not exist")
-    if not stays:
-        raise Mistake(f"image {folder}/{file} leaves {roots[0]} through a link; copy or mount the files inside it")
+    if file not in names_in(folder):
+        raise Mistake(f"image {folder}/{file} does not exist, or leaves {roots[0]} through a link: copy it there")
 
 
 def fingerprint(records):
     """Tells the records of one file from another's, whatever the files' names: of images and turns, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
-        texts = [record.get("image", ""), *(turn["value"] for turn in record["conversations"]), "\n"]
-        # names on the disk need not be UTF-8: Python reads them with halves of surrogate pairs
-        digest.update("\0".join(texts).encode(errors="surrogatepass"))
+        digest.update(json.dumps([record.get("image"), record["conversations"]]).encode())
     return digest.hexdigest()
 
 
@@ -590,14 +575,14 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 
-def read_rows(path, fields, cut=False):
+def read_rows(path, fields):
     """JSON lines of objects with these fields: texts, but for a question_id, which may be a number."""
-    rows = read_json(path, lines=True, cut=cut)
+    rows = read_json(path, lines=True)
     for number, row in enumerate(rows, 1):
         for field in fields:
             value = row.get(field) if isinstance(row, dict) else None
             if not isinstance(value, (str, int) if field == "question_id" else str):
-                raise Mistake(f"{path}: line {number} lacks the {'id' if field == 'question_id' else 'text'} '{field}'")
+                raise Mistake(f"{path}: line {number} lacks the text '{field}'")
             check_text(str(value), f"{path}: line {number}: '{field}'")
     return rows
 
@@ -621,21 +606,19 @@ def read_benchmark(name, path, annotations=None):
         with reading(f"{annotations}, as {where}"):
             labels = find_labels(name, questions, Path(annotations))
         questions = [question | {"label": label} for question, label in zip(questions, labels)]
-        refuse([q for q in questions if q["label"] is None], f"have an unknown category, or no label in {annotations}")
-    valid = (lambda label: len(label) == 10) if name == "textvqa" else read
-    refuse([q for q in questions if not valid(q["label"])], "have no valid label")
+    bad = [q for q in questions if not q["label"] or name != "textvqa" and not read(q["label"])]
+    refuse(bad, f"questions have no valid label in {annotations or path}")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
-    refuse(odd, "have no text, or a category that is not text")
+    refuse(odd, "questions have no text, or a category that is not text")
     ids = Counter(str(q["question_id"]) for q in questions if name not in ("textvqa", "mme"))
-    refuse([q for q in questions if ids[str(q["question_id"])] > 1], "share their question_id")
+    refuse([q for q in questions if ids[str(q["question_id"])] > 1], "questions share their question_id")
     return questions
 
 
-def refuse(questions, problem):
-    """Mistake that counts the questions with a problem, if there are any."""
-    if questions:
-        first = {key: questions[0][key] for key in ("question_id", "category", "text") if key in questions[0]}
-        raise Mistake(f"{len(questions)} questions {problem}, e.g. {str(first)[:200]}")
+def refuse(rows, problem):
+    """Mistake that counts the questions or answers with a problem, if there are any."""
+    if rows:
+        raise Mistake(f"{len(rows)} {problem}, e.g. question_id {rows[0]['question_id']}")
 
 
 def read_sqa(path):
@@ -646,13 +629,11 @@ def read_sqa(path):
         try:
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
-            image = record.get("image") or None
-            row = {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image}
-            if not isinstance(image, str | None):
-                raise TypeError
+            image = record.get("image") or ""
+            (text + image).encode()  # image, too, is text, and without half of a surrogate pair
+            row = {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image or None}
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise Mistake(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}}") from None
-        check_text(f"{record['id']}{text}{image}", f"{path}: record {i}")
+            raise Mistake(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}} of texts") from None
         questions.append(row)
     return questions
 
@@ -691,29 +672,29 @@ def find_labels(name, questions, path):
         labels = {question_id: str(row["answer"]) for question_id, row in read_json(path).items()}
         return [labels.get(str(q["question_id"])) for q in questions]
     if name == "textvqa":
-        rows = read_json(path)["data"]
+        rows = [row for row in read_json(path)["data"] if len(row["answers"]) == 10]
         labels = {(row["image_id"], words(row["question"])): list(map(str, row["answers"])) for row in rows}
         return [labels.get((q["question_id"], words(q["text"]))) for q in questions]
 
-    def key(category, image, text):
-        return category, Path(image).name.split(".")[0], words(text)  # MME's labels may give another ending
+    def key(row):
+        return Path(row["image"]).name.split(".")[0], words(row["text"])  # MME's labels may give another ending
 
+    fields = "image", "text", "label"
     labels = {}
     for category in {q["category"] for q in questions}:
         if name == "pope":
-            rows = read_rows(path / f"coco_pope_{category}.json", ("image", "text", "label"))
-            rows = [(row["image"], row["text"], row["label"]) for row in rows]
+            rows = read_rows(path / f"coco_pope_{category}.json", fields)
         else:
             with reading(path / f"{category}.txt"):
                 lines = (path / f"{category}.txt").read_text(encoding="utf-8").strip().split("\n")
-                rows = [(image, text, label) for image, text, label in (line.strip().split("\t") for line in lines)]
-        labels |= {key(category, image, text): label for image, text, label in rows}
-    return [labels.get(key(q["category"], q["image"], q["text"])) for q in questions]
+                rows = [dict(zip(fields, line.strip().split("\t"), strict=True)) for line in lines]
+        labels[category] = {key(row): row["label"] for row in rows}
+    return [labels[q["category"]].get(key(q)) for q in questions]
 
 
-def read_answers(path, cut=False):
-    """Answers in LLaVA's format; cut drops a last line that lacks its line break, to be answered again."""
-    return read_rows(path, ("question_id", "prompt", "text"), cut)
+def read_answers(path):
+    """Answers in LLaVA's format."""
+    return read_rows(path, ("question_id", "prompt", "text"))
 
 
 def join_answers(name, questions, answers):
@@ -726,9 +707,7 @@ def join_answers(name, questions, answers):
     for answer in answers:
         waiting[key(answer, answer["prompt"])].append(answer)
     pairs = [(q, rest.pop() if (rest := waiting[key(q, q["text"])]) else None) for q in questions]
-    if over := sum(waiting.values(), []):
-        first = over[0]["question_id"]
-        raise Mistake(f"{len(over)} answers belong to no question or come twice, e.g. question_id {first}")
+    refuse(sum(waiting.values(), []), "answers belong to no question or come twice")
     return pairs
 
 
@@ -740,14 +719,13 @@ def score(name, questions, answers):
     """
     read = BENCHMARKS[name][0]
     pairs = join_answers(name, questions, answers)
-    refuse([question for question, answer in pairs if answer is None], "have no answer")
-    said = np.array([read(answer["text"]) for _, answer in pairs], dtype=object)
+    refuse([question for question, answer in pairs if answer is None], "questions have no answer")
+    said = [read(answer["text"]) for _, answer in pairs]
     if name == "textvqa":  # of ten people, each is compared with the other nine; three who agree are enough
-        people = np.array([[read(person) for person in q["label"]] for q in questions], dtype=object)  # [N, 10]
-        agree = (people == said[:, None]).sum(1)
+        agree = np.array([[*map(read, q["label"])].count(text) for q, text in zip(questions, said)])
         right = (agree * np.clip((agree - 1) / 3, 0, 1) + (10 - agree) * np.clip(agree / 3, 0, 1)) / 10
     else:
-        right = said == np.array([read(q["label"]) for q in questions], dtype=object)
+        right = np.array([read(q["label"]) == text for q, text in zip(questions, said)])
 
     def rows(key):  # {value: numbers of the questions that have it}
         numbers = defaultdict(list)
@@ -758,7 +736,7 @@ def score(name, questions, answers):
     categories = rows(lambda q: q.get("category"))
     scores = {}
     if name == "pope":
-        yes = said == "yes"
+        yes = np.array(said) == "yes"
         true = yes == right
         for category, at in categories.items():
             hits, said_yes, are_yes = (yes & true)[at].sum(), yes[at].sum(), true[at].sum()
@@ -771,7 +749,7 @@ def score(name, questions, answers):
     elif name == "mme":
         images = rows(lambda q: (q["category"], q["question_id"]))
         single = [questions[at[0]] for at in images.values() if len(at) != 2]
-        refuse(single, "have no second one, or a third, on their image")
+        refuse(single, "questions have no second one, or a third, on their image")
         for category in categories:
             both = np.array([right[at] for key, at in images.items() if key[0] == category])  # [images, 2]
             scores[category] = 100 * (both.mean() + both.all(axis=1).mean())
@@ -925,13 +903,12 @@ def make_world(folder):
     if Path(folder).exists():
         return
     print(f"making the toy world and its two backbones in {folder}: once, about two minutes", flush=True)
-    with whole(folder) as world:
+    # models this small gain more from a core each than from two threads
+    with whole(folder) as world, ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         write_world(world)
         train_tokenizer(world / "llm")
-        # models this small gain more from a core each than from two threads
-        with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            for done in [pool.submit(train_llm, world), pool.submit(train_clip, world)]:
-                done.result()
+        for done in [pool.submit(train_llm, world), pool.submit(train_clip, world)]:
+            done.result()
 
 
 # ------------------------------------------------------------------------------------------
@@ -1069,14 +1046,14 @@ def one_line(main):
         sys.exit(2)
 
 
-def show(args):
+def show(data, images, tokenizer, template, count):
     """Print a few records as the model sees them, what is masked in [brackets]."""
-    records = read_records(args.data, args.images)
-    if not Path(args.tokenizer).is_dir():
-        raise Mistake(f"--tokenizer {args.tokenizer}: no such folder; first run train.py --stage 1, or name another")
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = args.template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
-    for record in records[: args.count]:
+    records = read_records(data, images)
+    if not Path(tokenizer).is_dir():
+        raise Mistake(f"--tokenizer {tokenizer}: no such folder; first run train.py --stage 1, or name another")
+    tokenizer = load_tokenizer(tokenizer)
+    template = template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
+    for record in records[:count]:
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
         targets = sum(label != IGNORE for label in labels)
         image = record.get("image", "text alone")
@@ -1089,19 +1066,19 @@ def show(args):
         print("   " + text.replace("\n", "\\n"))
 
 
-def check(args):
+def check(data, images, workers):
     """Open every record and image; print index, id, file and reason where one is wrong. Exit code 1 if one is."""
-    records, problems = find_problems(args.data, args.images)
+    records, problems = find_problems(data, images)
 
     def open_one(i):
         if i not in problems and "image" in records[i]:
             try:
-                open_image(args.images, records[i]["image"])
+                open_image(images, records[i]["image"])
             except Mistake as error:
                 problems[i] = str(error)
         return i
 
-    with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes outside Python's lock
         for i in tqdm(pool.map(open_one, range(len(records))), "checked", len(records), disable=None):
             if i in problems:
                 image = records[i].get("image") if isinstance(records[i], dict) else None
@@ -1110,38 +1087,31 @@ def check(args):
     sys.exit(1 if problems else 0)
 
 
-def print_score(args):
+def print_score(benchmark, answers, questions, annotations):
     """Score an answers file in LLaVA's format, from any tool."""
-    questions = read_benchmark(args.benchmark, args.questions, args.annotations)
-    print(score_table(args.benchmark, score(args.benchmark, questions, read_answers(args.answers))))
+    questions = read_benchmark(benchmark, questions, annotations)
+    print(score_table(benchmark, score(benchmark, questions, read_answers(answers))))
 
 
 def main():
     parser = argparse.ArgumentParser(description="LLaVA records and the toy world")
-    commands = parser.add_subparsers(required=True)
-    flags = {
-        "benchmark": dict(choices=BENCHMARKS),
-        "--data": dict(required=True, help="JSON file of LLaVA records"),
-        "--images": dict(required=True, help="folder of their images"),
-        "--tokenizer": dict(default="runs/tiny/world/llm", help="folder with a tokenizer (default: the toy world's)"),
-        "--template": dict(choices=("plain", "v1"), help="default: plain for one question each, else v1"),
-        "--count": dict(type=int, default=3, help="how many records"),
-        "--workers": dict(type=int, default=os.cpu_count(), help="images opened at a time"),
-        "--answers": dict(required=True, help="JSON lines with question_id, prompt, text"),
-        "--questions": dict(required=True, help="the benchmark's questions, as LLaVA publishes them"),
-        "--annotations": dict(help="the benchmark's labels, where its questions have none"),
-    }
-    for name, run, taken in (
-        ("show", show, ("--data", "--images", "--tokenizer", "--template", "--count")),
-        ("check", check, ("--data", "--images", "--workers")),
-        ("score", print_score, ("benchmark", "--answers", "--questions", "--annotations")),
-    ):
-        command = commands.add_parser(name, help=run.__doc__)
-        command.set_defaults(run=run)
-        for flag in taken:
-            command.add_argument(flag, **flags[flag])
-    args = parser.parse_args()
-    args.run(args)
+    commands = parser.add_subparsers(dest="run", required=True)
+    shows = commands.add_parser("show", help=show.__doc__)
+    checks = commands.add_parser("check", help=check.__doc__)
+    for command in (shows, checks):
+        command.add_argument("--data", required=True, help="JSON file of LLaVA records")
+        command.add_argument("--images", required=True, help="folder of their images")
+    shows.add_argument("--tokenizer", default="runs/tiny/world/llm", help="its folder (default: the toy world's)")
+    shows.add_argument("--template", choices=("plain", "v1"), help="default: plain for one question each, else v1")
+    shows.add_argument("--count", type=int, default=3, help="how many records")
+    checks.add_argument("--workers", type=int, default=os.cpu_count(), help="images opened at a time")
+    scores = commands.add_parser("score", help=print_score.__doc__)
+    scores.add_argument("benchmark", choices=BENCHMARKS)
+    scores.add_argument("--answers", required=True, help="JSON lines with question_id, prompt, text")
+    scores.add_argument("--questions", required=True, help="the benchmark's questions, as LLaVA publishes them")
+    scores.add_argument("--annotations", help="the benchmark's labels, where its questions have none")
+    options = vars(parser.parse_args())
+    {"show": show, "check": check, "score": print_score}[options.pop("run")](**options)
 
 
 if __name__ == "__main__":
