@@ -121,9 +121,8 @@ def load_tokenizer(folder):
                 token = token["content"] if isinstance(token, dict) else token
                 if getattr(tokenizer, key) is None and token in tokenizer.get_vocab():
                     setattr(tokenizer, key, token)  # no new one: that would resize the embeddings
-    for key in ("bos_token", "eos_token"):
-        if getattr(tokenizer, key) is None:
-            raise Mistake(f"{folder}: its tokenizer names no {key}; write it into tokenizer_config.json")
+    if None in (tokenizer.bos_token, tokenizer.eos_token):
+        raise Mistake(f"{folder}: its tokenizer names no bos_token or no eos_token; add it to tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands
     return tokenizer
 
@@ -392,12 +391,13 @@ def micro_batches(batch, per_device, world_size):
 # checks of records
 
 
+HALF = "[\ud800-\udfff]"  # of a surrogate pair; bytes that were no UTF-8 are read as one, too
+
+
 def check_text(text, source):
-    """Mistake if the text holds half of a surrogate pair, or bytes that were no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeError:
-        raise Mistake(f"{source}: holds half of a surrogate pair, or bytes that are no UTF-8; write it anew") from None
+    """Mistake if the text cannot be encoded."""
+    if re.search(HALF, text):
+        raise Mistake(f"{source}: holds half of a surrogate pair, or bytes that are no UTF-8; write it anew")
 
 
 def name_of(record):
@@ -423,48 +423,43 @@ def find_problems(path, images):
         items = os.scandir(folder) if os.path.isdir(folder) and stays(folder) else ()
         return {item.name for item in items if not item.is_symlink() or stays(item)}
 
-    problems = {}
-    for i, record in enumerate(records):
-        try:
-            check_record(record, roots, names_in)
-        except Mistake as problem:
-            problems[i] = str(problem)
-    return records, problems
+    problems = [problem_of(record, roots, names_in) for record in records]
+    return records, {i: problem for i, problem in enumerate(problems) if problem}
 
 
-def check_record(record, roots, names_in):
-    """Mistake if the record cannot be learned from; drops an empty image, and shortens one with its whole path."""
+def problem_of(record, roots, names_in):
+    """Why a record cannot be learned from, or None; drops an empty image, and shortens one with its whole path."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list):
-        raise Mistake("has no list 'conversations'")
+        return "has no list 'conversations'"
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise Mistake("a turn is not {'from', 'value'} with a text as value")
+            return "a turn is not {'from', 'value'} with a text as value"
         if turn.get("from") not in ("human", "gpt"):
-            raise Mistake(f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'")
-        check_text(turn["value"], "a turn")
+            return f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'"
+        if re.search(HALF, turn["value"]):
+            return "a turn holds half of a surrogate pair; write it anew"
     speakers = "".join(turn["from"][0] for turn in turns)
     if not re.fullmatch("g?(hg)+h?", speakers):  # an answer to nothing, at the start, is dropped
-        raise Mistake("'human' and 'gpt' must take turns, and there must be a question and its answer")
+        return "'human' and 'gpt' must take turns, and there must be a question and its answer"
     if any("<image>" in turn["value"] for turn in turns if turn["from"] == "gpt"):
-        raise Mistake("has <image> in an answer; it belongs in a question")
+        return "has <image> in an answer; it belongs in a question"
     placeholders = sum(turn["value"].count("<image>") for turn in turns)
     if record.get("image") in ("", None):
         record.pop("image", None)
-        if placeholders:
-            raise Mistake("has <image> in its text but no field 'image'")
-        return
+        return "has <image> in its text but no field 'image'" if placeholders else None
     if placeholders != 1:
-        raise Mistake(f"has an image and {placeholders} <image> in its text; write it once")
+        return f"has an image and {placeholders} <image> in its text; write it once"
     name = record["image"]
     for root in roots:
         if isinstance(name, str) and os.path.isabs(name) and Path(name).is_relative_to(root):
             name = record["image"] = str(Path(name).relative_to(root))
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
-        raise Mistake("field 'image' is not the name of a file inside the image folder")
+        return "field 'image' is not the name of a file inside the image folder"
     folder, file = os.path.split(os.path.join(roots[0], name))
     if file not in names_in(folder):
-        raise Mistake(f"image {folder}/{file} does not exist, or leaves {roots[0]} through a link: copy it there")
+        return f"image {folder}/{file} does not exist, or leaves {roots[0]} through a link: copy it there"
+    return None
 
 
 def fingerprint(records):
