@@ -621,15 +621,13 @@ def read_sqa(path):
     records = read_json(path)
     questions = []
     for i, record in enumerate(records if isinstance(records, list) else [records]):
-        try:
+        with reading(f"{path}: record {i}, as {{'id', 'conversations': [question, answer]}} of texts"):
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
             image = record.get("image") or ""
             (text + image).encode()  # image, too, is text, and without half of a surrogate pair
             row = {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image or None}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise Mistake(f"{path}: record {i} is not {{'id', 'conversations': [question, answer]}} of texts") from None
-        questions.append(row)
+            questions.append(row)
     return questions
 
 
