@@ -131,15 +131,15 @@ def complete(config, world_size):
 
     # of the three batch sizes any two give the third
     each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    total = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
-    own, most = total // world_size, recipe["per_device_train_batch_size"]
+    batch = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
+    own, most = batch // world_size, recipe["per_device_train_batch_size"]
     each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
     passes = passes or own // each
-    if each * passes * world_size != total:
+    if each * passes * world_size != batch:
         factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        wrong = f"{each * passes * world_size}, not --global_batch_size {total}"
+        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
         raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
-    recipe |= dict(global_batch_size=total, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
+    recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     for key, value in recipe.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -272,7 +272,7 @@ def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_ne
     """[(question, answer)] of this process's share of the questions, generated in batches."""
     mine, texts = shard(questions), []
     samples = make_samples(list(map(as_record, mine)), images, model, tokenizer, "v1", replace=False)
-    for batch in DataLoader(samples, batch_size, False, num_workers=workers, collate_fn=data.collate,
+    for batch in DataLoader(samples, batch_size, num_workers=workers, collate_fn=data.collate,
                             worker_init_fn=ignore_signals):  # fmt: skip
         with autocast(model.llm.device):
             ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
@@ -419,7 +419,7 @@ def run(config):
     if config.stage == 2 and config.method not in ("lora", "full"):
         picked = samples(train[:: -(-len(train) // 64)])  # 64 samples, 32 places of each: 2,048 for up to 128 rows
         with autocast(device):  # before a checkpoint is restored, too: what grows later needs the directions
-            hydra.align(model, (data.passes([picked[i]], math.inf, 0)[0] for i in range(len(picked))))
+            hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
     controller = None
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
@@ -460,18 +460,18 @@ def run(config):
         # gradients of the loss, summed over the global batch
         # dropout differs between steps and processes, and is the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
-        loss, targets, bad, passes = 0.0, 0, [], len(micro_batches(step))
-        for i in range(passes):
+        loss, targets, batches, bad = 0.0, 0, [], []
+        for _ in micro_batches(step):
             parts, problems = next(loader)
+            batches += parts
             bad += problems
-            for j, batch in enumerate(parts):
-                tokens += int(data.count_tokens(batch, model.image_tokens).sum())
-                # one exchange per step: with the last part of the last pass
-                ddp.require_backward_grad_sync = i == passes - 1 and j == len(parts) - 1
-                with autocast(device):
-                    part_loss, part_targets = ddp(**batch)
-                part_loss.backward()
-                loss, targets = loss + part_loss.detach(), targets + part_targets
+        for i, batch in enumerate(batches, 1):
+            tokens += int(data.count_tokens(batch, model.image_tokens).sum())
+            ddp.require_backward_grad_sync = i == len(batches)  # one exchange per step
+            with autocast(device):
+                batch_loss, batch_targets = ddp(**batch)
+            batch_loss.backward()
+            loss, targets = loss + batch_loss.detach(), targets + batch_targets
 
         # divided once by its number of targets: how it is split does not matter; DDP averages, hence world_size
         loss, targets, broken, stop = total(loss, targets, len(bad), bool(stop_signals))
@@ -510,8 +510,8 @@ def run(config):
             mean = state["loss"] / max(state["targets"], 1)
             state |= {"loss": 0.0, "targets": 0.0}
             left = seconds / (done - first) * (total_steps - done)
-            percent = f"{100 * done / total_steps:5.1f}%"
-            say(f"{percent}  loss {mean:.3f}  lr {rate:.2e}  {seen / seconds:,.0f} tokens/s  {left:.0f} s left")
+            say(f"{100 * done / total_steps:5.1f}%  loss {mean:.3f}  lr {rate:.2e}  "
+                f"{seen / seconds:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
             state["log_size"] = log.file.seek(0, os.SEEK_END)
@@ -568,15 +568,14 @@ def set_up_processes():
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store when it restarts the processes, with the addresses of those that died
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    options = {"store": store, "rank": rank, "world_size": world_size}
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **options)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
-    return device
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device)
+    return device or torch.device("cpu")
 
 
 class Log:
@@ -682,8 +681,8 @@ def check_memory(config, model, device):
 def parameter_table(model):
     """Parameters of each part, and how many of them are trained, as text."""
     lines = [f"{'':10}{'parameters':>15}{'trained':>15}"]
-    keys = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
-    for part, key in keys.items():
+    names = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
+    for part, key in names.items():
         own = [p for name, p in model.named_parameters() if key in name]
         trained = sum(p.numel() for p in own if p.requires_grad)
         lines.append(f"{part:10}{sum(p.numel() for p in own):15,}{trained:15,}")
@@ -745,9 +744,10 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
     say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
-    words = ["torchrun", "train.py", "--stage", "2", "--model", config.model]
-    words += ["--projector", model.projector.kind] * bool(config.projector) + ["--stage1", config.out]
-    if config.stage == 2:
+    if config.stage == 1:
+        kind = ["--projector", model.projector.kind] if config.projector else []
+        words = ["torchrun", "train.py", "--stage", "2", "--model", config.model, *kind, "--stage1", config.out]
+    else:
         words = ["python", "hydra.py", "chat", config.out, "--image", "FILE"]
     say("next: " + shlex.join(words))
 
@@ -774,31 +774,30 @@ def describe_event(entry):
 
 def draw_ranks(history, path):
     """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
-    cell = 46  # pixels
+    side = 46  # of a cell, in pixels
     names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
     start = np.array(history[0]["ranks"])  # [layers, projections]
-    size = cell * len(names), cell * len(start)
-    panel = size[0] + 2 * cell
-    image = Image.new("RGB", (panel * len(history), size[1] + 4 * cell), "white")
+    width = side * (len(names) + 2)  # of a panel
+    image = Image.new("RGB", (width * len(history), side * (len(start) + 4)), "white")
+    draw = ImageDraw.Draw(image)
 
-    def text(column, row, words, size=13, anchor="mm"):
-        place = panel * number + cell * (column + 1), cell * (row + 3)
-        ImageDraw.Draw(image).text(place, str(words), "black", ImageFont.load_default(size), anchor)
+    def fill(column, row, words, color="white"):
+        x, y = width * number + side * (column + 1), side * (row + 4)
+        draw.rectangle((x, y, x + side, y + side), color)
+        draw.text((x + side / 2, y + side / 2), str(words), "black", ImageFont.load_default(13), "mm")
 
     for number, entry in enumerate(history):
-        text(-0.7, -2.8, describe_event(entry).partition("\n")[0].replace("; ", "\n"), 10, "la")
-        shade = np.log2(entry["ranks"] / start).clip(-1, 1)[..., None]
-        colors = 255 - abs(shade) * np.where(shade > 0, (205, 125, 0), (0, 105, 225))  # [layers, projections, 3]
-        cells = Image.fromarray(colors.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-        image.paste(cells, (panel * number + cell, 3 * cell))
+        said = describe_event(entry).partition("\n")[0].replace("; ", "\n")
+        said += "\nrows: layers, beside them their coarse part; blue: more than at the start"
+        draw.text((width * number + 14, 10), said, "black", ImageFont.load_default(10))
         for column, name in enumerate(names):
-            text(column + 0.5, -0.3, name)
-        for row, ranks in enumerate(entry["ranks"]):
-            text(-0.3, row + 0.5, row)
-            text(len(names) + 0.5, row + 0.5, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "", 12)
-            for column, rank in enumerate(ranks):
-                text(column + 0.5, row + 0.5, rank, 15)
-        text(0, len(start) + 0.5, "rows: layers, beside them their coarse part; blue: more than at the start", 10, "lm")
+            fill(column, -1, name)
+        for (row, column), rank in np.ndenumerate(entry["ranks"]):
+            more = np.log2(rank / start[row, column]).clip(-1, 1)
+            fill(column, row, rank, f"hsl({220 if more > 0 else 30}, 100%, {100 - 40 * abs(more):.0f}%)")
+        for row in range(len(start)):
+            fill(-1, row, row)
+            fill(len(names), row, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "")
     image.save(path)
 
 
@@ -826,11 +825,10 @@ def run_benchmark(config):
     size = config.per_device_train_batch_size or 64
     chunk = size * dist.get_world_size()
     for start in tqdm(range(0, len(left), chunk), disable=dist.get_rank() > 0 or None):
-        mine = left[start : start + chunk]
-        for question, text in gather(answer(model, tokenizer, mine, config.images, config.num_workers or 0, size, 128)):
-            row = {"question_id": question["question_id"], "prompt": question["text"], "text": text}
-            answers.append(row | {"model_id": model_id})
-            log(**answers[-1])
+        mine = answer(model, tokenizer, left[start : start + chunk], config.images, config.num_workers or 0, size, 128)
+        for question, text in gather(mine):
+            answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text})
+            log(**answers[-1], model_id=model_id)
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
 
 
