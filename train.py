@@ -354,9 +354,10 @@ def build_model(config, device):
             words = f"--model {config.model} --out {stage1}"
             raise Mistake(f"--stage 2: no checkpoint in {stage1}; first run: torchrun train.py --stage 1 {words}")
         found = hydra.read_config(stage1)
-        if (found["stage"], found["projector"]) != (1, model.projector.kind):
+        kind = model.projector.kind
+        if (found["stage"], found["projector"]) != (1, kind):
             holds = f"stage {found['stage']} with projector {found['projector']}"
-            raise Mistake(f"--stage1 {stage1}: holds {holds}, not stage 1 with {model.projector.kind}")
+            raise Mistake(f"--stage1 {stage1}: holds {holds}, not stage 1 with {kind}; give its --projector")
         say(f"starting from stage 1's projector: {stage1}")
         hydra.restore(model, stage1)
     model.projector.float()  # what trains is always fp32
@@ -542,7 +543,7 @@ def parse_arguments(words=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
-        parser.add_argument(f"--{f.name}", **kind | f.metadata)
+        parser.add_argument(f"--{f.name}", **(kind | f.metadata))
     config = Config(**vars(parser.parse_args(words)))
     may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
     for name, value in vars(config).items():
@@ -756,15 +757,15 @@ def describe_event(entry):
     """What a rank event's log entry holds, in words; then the ranks of each layer that it changed, before and after."""
     words = {
         "probe_loss": "probe loss {probe_loss:.4f}",
-        "spread": "coarse spread {spread[0]:.2f} (equal needs: {equal[0]:.2f}), "
-                  "fine spread {spread[1]:.2f} (equal needs: {equal[1]:.2f})",
+        "spread": "coarse spread {spread[0]:.2f} (equal needs: {noise[0]:.2f}), "
+                  "fine spread {spread[1]:.2f} (equal needs: {noise[1]:.2f})",
         "predicted_gain": "predicted gain {predicted_gain:+.4f}, log error {error:.2f} at measurements left out "
                           "({error_without_signals:.2f} without signals)",
         "realised_gain": "the last move brought {realised_gain:+.4f}",
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
-    equal = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
-    said = [words[key].format(**entry, equal=equal) for key in words if key in entry]
+    noise = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
+    said = [words[key].format(**entry, noise=noise) for key in words if key in entry]
     text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
     for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
