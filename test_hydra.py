@@ -1893,10 +1893,10 @@ def random_weights(name, dtype=None, tokenizer=None):
         clip = hydra.CLIPEncoder(CLIPVisionModel._from_config(vision, dtype=dtype or asked))
         projector = hydra.build_projector("ldpnet", vision.hidden_size, llm.hidden_size)
         llm = LlamaForCausalLM._from_config(llm, dtype=dtype or asked)
-        return hydra.HydraVLM(clip, projector, llm, {"model": name, "fingerprint": 0}), tokenizer
+        # stage 1: as if its projector were trained
+        return hydra.HydraVLM(clip, projector, llm, {"model": name, "fingerprint": 0}, stage=1), tokenizer
 
-    nothing_saved = patch.object(hydra, "open_folder", lambda folder: (folder, {"model_type": "random"}))
-    with patch.object(hydra, "load_checkpoint", load), nothing_saved:
+    with patch.object(hydra, "load_checkpoint", load):
         yield
 
 

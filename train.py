@@ -28,12 +28,10 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +58,9 @@ def flag(default, help, **options):
 class Config:
     """A run. The command line is made from these fields; None stands for the recipe's value."""
 
-    stage: str = flag(None, "1: projector on captions; 2: projector and adapters on instructions; eval: a benchmark",
-                      choices=("1", "2", "eval"), required=True)
+    stage: int | str = flag(
+        None, "1: projector on captions; 2: projector and adapters on instructions; eval: a benchmark", required=True,
+        choices=(1, 2, "eval"), type=lambda word: int(word) if word.isdigit() else word)  # fmt: skip
     benchmark: str = flag(None, "eval: whose questions and score", choices=tuple(data.BENCHMARKS))
     model: str = flag("tiny", "tiny, 1.7b, 3b, a folder or hub id of a LLaMA or MobileVLM, or a run of stage 1")
     vision_tower: str = flag(None, "folder or hub id of a CLIP (default: the model's)")
@@ -127,21 +126,20 @@ def complete(config, world_size):
     if size == "tiny":
         recipe["vision_tower"] = str(TOY / "clip")
         if config.data is None:
-            records = "caption.json" if config.stage == 1 else "instruct.json"
-            files = {"data": records, "images": "images", "questions": "questions.jsonl"}
-            recipe |= {key: str(TOY / file) for key, file in files.items()}
+            recipe |= dict(images=str(TOY / "images"), questions=str(TOY / "questions.jsonl"))
+            recipe["data"] = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json"))
 
     # of the three batch sizes any two give the third
     each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    total = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
-    own, most = total // world_size, recipe["per_device_train_batch_size"]
+    batch = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
+    own, most = batch // world_size, recipe["per_device_train_batch_size"]
     each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
     passes = passes or own // each
-    if each * passes * world_size != total or not total:
+    if each * passes * world_size != batch:
         factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        product = f"--per_device_train_batch_size {factors} = {each * passes * world_size}"
-        raise Mistake(f"{product}, not --global_batch_size {total}: change one of them")
-    recipe |= dict(global_batch_size=total, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
+        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
+        raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
+    recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     for key, value in recipe.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -165,7 +163,7 @@ def gather(values):
     return sum(lists, [])
 
 
-def share(items):
+def shard(items):
     """This process's share of a list."""
     return items[dist.get_rank() :: dist.get_world_size()]
 
@@ -249,9 +247,14 @@ def held_out_loss(model, batches):
     return loss / max(targets, 1)
 
 
+def collate(samples, most_tokens, image_tokens):
+    """(the batches that a pass is run in, one or more; what was broken in it)"""
+    return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
+
+
 def hold(config, model, samples):
     """This process's share of the held-out samples as batches that stay in memory, without those that are broken."""
-    mine = [samples[i] for i in share(range(len(samples)))]
+    mine = [samples[i] for i in shard(range(len(samples)))]
     for problem in gather([sample["bad"][0] for sample in mine if sample["bad"]]):
         say(f"held-out record left out: {problem}")
     mine = [sample for sample in mine if not sample["bad"]]
@@ -267,10 +270,10 @@ def as_record(question, label=""):
 
 def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_new_tokens=16):
     """[(question, answer)] of this process's share of the questions, generated in batches."""
-    mine, texts = share(questions), []
+    mine, texts = shard(questions), []
     samples = make_samples(list(map(as_record, mine)), images, model, tokenizer, "v1", replace=False)
-    options = {"num_workers": workers, "worker_init_fn": ignore_signals}
-    for batch in DataLoader(samples, batch_size, collate_fn=data.collate, **options) if mine else []:
+    for batch in DataLoader(samples, batch_size, num_workers=workers, collate_fn=data.collate,
+                            worker_init_fn=ignore_signals):  # fmt: skip
         with autocast(model.llm.device):
             ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
         texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -323,41 +326,38 @@ def read_data(config):
     records = data.read_records(config.data, config.images)
     if config.stage == 1 and not all(record.get("image") for record in records):
         raise Mistake(f"--data {config.data}: has records without an image; stage 1 trains on captions of images")
-    probes = max(32, config.global_batch_size)
-    count = min(len(records) // 20, 256 + probes)
+    most = max(32, config.global_batch_size)
+    count = min(len(records) // 20, 256 + most)
     if count < 2:
         raise Mistake(f"--data: {len(records)} records are too few to hold some out; give at least 40")
     every = len(records) // count
     where = slice(every - 1, every * count, every)
     held = records[where]
     del records[where]
-    probes = min(probes, count // 3 + 1)
+    first = min(most, count // 3 + 1)
     questions = data.read_questions(config.questions, config.images) if config.questions and config.stage == 2 else []
-    return records, held[:probes], held[probes:], questions
+    return records, held[:first], held[first:], questions
 
 
 def build_model(config, device):
     """(model, tokenizer): for stage 2 with a trained projector and new adapters; what is frozen in bf16 on a GPU."""
     torch.manual_seed(config.seed)
     source = SOURCES.get(config.model, config.model)
-    projector = config.projector
-    is_new = hydra.open_folder(source)[1].get("model_type") == "llama" and not Path(projector or "").is_file()
-    stage1 = config.stage == 2 and (config.stage1 or is_new and f"runs/{Path(config.model).name}/stage1")
-    if stage1:
+    dtype = torch.bfloat16 if device.type == "cuda" and config.method != "full" else torch.float32
+    model, tokenizer = hydra.load_checkpoint(source, config.vision_tower, config.projector, dtype)
+    if model.stage == 2:
+        words = f"python hydra.py export {source} --format mobilevlm --to DIR"
+        raise Mistake(f"--model {source}: has been through stage 2; first: {words}")
+    if config.stage == 2 and (config.stage1 or model.stage == 0):  # 0: its projector is new
+        stage1 = config.stage1 or f"runs/{Path(config.model).name}/stage1"
         if not hydra.find_checkpoint(stage1):
             words = f"--model {config.model} --out {stage1}"
             raise Mistake(f"--stage 2: no checkpoint in {stage1}; first run: torchrun train.py --stage 1 {words}")
         found = hydra.read_config(stage1)
-        projector = projector or found["projector"]
-        if (found["stage"], found["projector"]) != (1, projector):
+        kind = model.projector.kind
+        if (found["stage"], found["projector"]) != (1, kind):
             holds = f"stage {found['stage']} with projector {found['projector']}"
-            raise Mistake(f"--stage1 {stage1}: holds {holds}, not stage 1 with {projector}")
-    dtype = torch.bfloat16 if device.type == "cuda" and config.method != "full" else torch.float32
-    model, tokenizer = hydra.load_checkpoint(source, config.vision_tower, projector, dtype)
-    if model.stage == 2:
-        words = f"python hydra.py export {source} --format mobilevlm --to DIR"
-        raise Mistake(f"--model {source}: has been through stage 2; first: {words}")
-    if stage1:
+            raise Mistake(f"--stage1 {stage1}: holds {holds}, not stage 1 with {kind}; give its --projector")
         say(f"starting from stage 1's projector: {stage1}")
         hydra.restore(model, stage1)
     model.projector.float()  # what trains is always fp32
@@ -391,7 +391,7 @@ def run(config):
     for number in (signal.SIGTERM, signal.SIGINT):  # a step that has begun is finished and saved
         signal.signal(number, lambda *_: stop_signals.append(1))
     device = set_up_processes()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    process, world_size = dist.get_rank(), dist.get_world_size()
     complete(config, world_size)
     checkpoint = hydra.find_checkpoint(config.out)
     if checkpoint and not config.resume:
@@ -420,21 +420,19 @@ def run(config):
     if config.stage == 2 and config.method not in ("lora", "full"):
         picked = samples(train[:: -(-len(train) // 64)])  # 64 samples, 32 places of each: 2,048 for up to 128 rows
         with autocast(device):  # before a checkpoint is restored, too: what grows later needs the directions
-            hydra.align(model, (data.passes([picked[i]], math.inf, 0)[0] for i in range(len(picked))))
+            hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
     controller = None
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed, config.method)
     state = {"step": 0, "before": None, "loss": 0.0, "targets": 0.0, "skipped": 0, "in_a_row": 0, "bad": [],
-             "records": data.fingerprint(train)}  # fmt: skip
+             "records": data.fingerprint(train), "log_size": 0}  # fmt: skip
     if checkpoint:
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
 
-    # what came after the checkpoint is written again, an evaluation at its own step, too
-    is_past = lambda row: row["step"] < first or row["step"] == first and not {"held_out_loss", "result"} & row.keys()
-    log = Log(Path(config.out, "log.jsonl"), is_past)
-    probe, validation = (hold(config, model, samples(part)) for part in (probe, validation))
+    log = Log(Path(config.out, "log.jsonl"), state["log_size"])
+    probe, validation = (hold(config, model, samples(records)) for records in (probe, validation))
     say(parameter_table(model))
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
         f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records; "
@@ -444,8 +442,8 @@ def run(config):
     # the loop
     loader = iter(DataLoader(
         samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
-        batch_sampler=(parts[rank] for step in range(first, total_steps) for parts in micro_batches(step)),
-        collate_fn=partial(parts_of, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
+        batch_sampler=(rows[process] for step in range(first, total_steps) for rows in micro_batches(step)),
+        collate_fn=partial(collate, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
     def wrap():
@@ -453,7 +451,7 @@ def run(config):
 
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # DDP copies; nothing is lost
     ddp, started, tokens, seconds_of_events = wrap(), time.time(), 0, 0.0
-    for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=rank > 0 or None):
+    for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=process > 0 or None):
         if step % eval_steps == 0:
             entry = evaluate(config, model, tokenizer, validation, questions[:120], log, step)
             state["before"] = state["before"] or entry["held_out_loss"]
@@ -462,19 +460,19 @@ def run(config):
 
         # gradients of the loss, summed over the global batch
         # dropout differs between steps and processes, and is the same again after a resume
-        torch.manual_seed((config.seed * 10**6 + step) * 10**4 + rank)
-        loss, targets, bad, passes = 0.0, 0, [], len(micro_batches(step))
-        for i in range(passes):
+        torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
+        loss, targets, batches, bad = 0.0, 0, [], []
+        for _ in micro_batches(step):
             parts, problems = next(loader)
+            batches += parts
             bad += problems
-            for j, batch in enumerate(parts):
-                tokens += int(data.count_tokens(batch, model.image_tokens).sum())
-                # one exchange per step: with the last part of the last pass
-                ddp.require_backward_grad_sync = i == passes - 1 and j == len(parts) - 1
-                with autocast(device):
-                    part_loss, part_targets = ddp(**batch)
-                part_loss.backward()
-                loss, targets = loss + part_loss.detach(), targets + part_targets
+        for i, batch in enumerate(batches, 1):
+            tokens += int(data.count_tokens(batch, model.image_tokens).sum())
+            ddp.require_backward_grad_sync = i == len(batches)  # one exchange per step
+            with autocast(device):
+                batch_loss, batch_targets = ddp(**batch)
+            batch_loss.backward()
+            loss, targets = loss + batch_loss.detach(), targets + batch_targets
 
         # divided once by its number of targets: how it is split does not matter; DDP averages, hence world_size
         loss, targets, broken, stop = total(loss, targets, len(bad), bool(stop_signals))
@@ -495,7 +493,7 @@ def run(config):
         if broken:
             report_broken(config, state, gather(bad), len(train), log)
         if state["in_a_row"] > 10:
-            names = [train[i].get("id", i) for parts in micro_batches(step) for part in parts for i in part]
+            names = [train[i].get("id", i) for rows in micro_batches(step) for i in sum(rows, [])]
             advice = f"lower --learning_rate, or look at records {names}"
             raise Mistake(f"step {done}: no finite gradient for 11 steps; {advice}")
         if controller and done in controller.event_steps:
@@ -513,12 +511,13 @@ def run(config):
             mean = state["loss"] / max(state["targets"], 1)
             state |= {"loss": 0.0, "targets": 0.0}
             left = seconds / (done - first) * (total_steps - done)
-            percent = f"{100 * done / total_steps:5.1f}%"
-            say(f"{percent}  loss {mean:.3f}  lr {rate:.2e}  {seen / seconds:,.0f} tokens/s  {left:.0f} s left")
+            say(f"{100 * done / total_steps:5.1f}%  loss {mean:.3f}  lr {rate:.2e}  "
+                f"{seen / seconds:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
-        if (done % config.save_steps == 0 or done == total_steps or stop) and rank == 0:
-            parts = {"optimizer": optimizer.state_dict(), "controller": controller and controller.state_dict()}
-            save(config, model, state | parts)
+        if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
+            state["log_size"] = log.file.seek(0, os.SEEK_END)
+            own = {"optimizer": optimizer.state_dict(), "controller": controller and controller.state_dict()}
+            save(config, model, state | own)
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
             break
@@ -544,7 +543,7 @@ def parse_arguments(words=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
-        parser.add_argument(f"--{f.name}", **kind, **f.metadata)
+        parser.add_argument(f"--{f.name}", **(kind | f.metadata))
     config = Config(**vars(parser.parse_args(words)))
     may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
     for name, value in vars(config).items():
@@ -556,7 +555,7 @@ def parse_arguments(words=None):
         raise Mistake(f"--seed {config.seed}: give a number below 10^9")
     if config.lora_dropout and config.lora_dropout >= 1:
         raise Mistake(f"--lora_dropout {config.lora_dropout}: give a share below 1")
-    return replace(config, stage=int(config.stage)) if config.stage.isdigit() else config
+    return config
 
 
 def set_up_processes():
@@ -570,15 +569,14 @@ def set_up_processes():
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store when it restarts the processes, with the addresses of those that died
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    options = {"store": store, "rank": rank, "world_size": world_size}
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **options)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
-    return device
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device)
+    return device or torch.device("cpu")
 
 
 class Log:
@@ -587,8 +585,8 @@ class Log:
     One run at a time: the lock on the file ends with the process, however that ends.
     """
 
-    def __init__(self, path, keep=lambda row: True):
-        """keep(row): the file is cut before the first row of which it is not true."""
+    def __init__(self, path, size=-1):
+        """The file is cut to `size` bytes: what it had when the checkpoint was written that a run goes on from."""
         self.rows, self.file = [], None
         if dist.get_rank() > 0:
             return
@@ -599,10 +597,11 @@ class Log:
         except BlockingIOError:
             raise Mistake(f"{path}: another run is writing it; wait for its end, or name another folder") from None
         self.file.seek(0)
-        lines = [line for line in self.file if line.endswith(b"\n")]
+        kept = self.file.read(size)
+        kept = kept[: kept.rfind(b"\n") + 1]
         with reading(path):
-            self.rows = list(takewhile(keep, map(json.loads, lines)))
-        self.file.truncate(sum(map(len, lines[: len(self.rows)])))
+            self.rows = list(map(json.loads, kept.splitlines()))
+        self.file.truncate(len(kept))
 
     def __call__(self, **row):
         if self.file:
@@ -616,24 +615,19 @@ def ignore_signals(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def parts_of(samples, most_tokens, image_tokens):
-    """(the batches that a pass is run in, one or more; what was broken in it)"""
-    return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
-
-
-def check_targets(model, tokenizer, template, parts):
-    """Say how many records {part: records} the context cuts; Mistake where no part of a part is left to learn from."""
-    for part, records in parts.items():
+def check_targets(model, tokenizer, template, sets):
+    """Say how many of the records {set: records} the context cuts; Mistake where it leaves none to learn from."""
+    context = f"the context of {model.context_length} tokens"
+    for name, records in sets.items():
         longer = sum(len(record["conversations"]) > 3 for record in records)
         if longer and template == "plain":
-            say(f"{part}: {longer} of {len(records)} records have more than one answer: stage 1 learns the first alone")
-        counts = data.cut_and_empty(share(records), tokenizer, template, model.image_tokens, model.context_length)
+            say(f"{name}: {longer} of {len(records)} records have more than one answer: stage 1 learns the first alone")
+        counts = data.cut_and_empty(shard(records), tokenizer, template, model.image_tokens, model.context_length)
         cut, empty = map(int, total(*counts))
-        context = f"the context of {model.context_length} tokens"
         if cut or empty:
-            say(f"{part}: {cut} of {len(records)} records are cut at {context}; {empty} have no target")
-        if empty == len(records) > 0:
-            raise Mistake(f"--data: none of the {empty} {part} records has an answer within {context}; shorten them")
+            say(f"{name}: {cut} of {len(records)} records are cut at {context}; {empty} have no target")
+        if empty == len(records):
+            raise Mistake(f"--data: none of the {empty} {name} records has an answer within {context}; shorten them")
 
 
 def check_prompts(questions, model, tokenizer):
@@ -688,8 +682,8 @@ def check_memory(config, model, device):
 def parameter_table(model):
     """Parameters of each part, and how many of them are trained, as text."""
     lines = [f"{'':10}{'parameters':>15}{'trained':>15}"]
-    keys = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
-    for part, key in keys.items():
+    names = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
+    for part, key in names.items():
         own = [p for name, p in model.named_parameters() if key in name]
         trained = sum(p.numel() for p in own if p.requires_grad)
         lines.append(f"{part:10}{sum(p.numel() for p in own):15,}{trained:15,}")
@@ -738,8 +732,7 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
             say(f"{kind:14}{value:8.2f}{blind[kind]:10.2f}")
     result["parameters"] = sum(p.numel() for p in trained_parameters(model))
     if controller:  # the most that there were: at the start all of the budget is used
-        freed = (config.lora_rank - np.array(controller.history[-1]["ranks"])) * controller.costs
-        result["parameters"] += int(freed.sum())
+        result["parameters"] += controller.history[-1]["budget"] - controller.history[-1]["parameters"]
         if dist.get_rank() == 0:
             draw_ranks(controller.history, Path(config.out, "ranks.png"))
     result |= {"seconds": seconds["training"], "device": str(model.llm.device), "torch": torch.__version__}
@@ -752,8 +745,10 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
     say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
-    words = ["torchrun", "train.py", "--stage", "2", "--model", config.model, "--stage1", config.out]
-    if config.stage == 2:
+    if config.stage == 1:
+        kind = ["--projector", model.projector.kind] if config.projector else []
+        words = ["torchrun", "train.py", "--stage", "2", "--model", config.model, *kind, "--stage1", config.out]
+    else:
         words = ["python", "hydra.py", "chat", config.out, "--image", "FILE"]
     say("next: " + shlex.join(words))
 
@@ -762,15 +757,15 @@ def describe_event(entry):
     """What a rank event's log entry holds, in words; then the ranks of each layer that it changed, before and after."""
     words = {
         "probe_loss": "probe loss {probe_loss:.4f}",
-        "spread": "coarse spread {spread[0]:.2f} (equal needs: {equal[0]:.2f}), "
-                  "fine spread {spread[1]:.2f} (equal needs: {equal[1]:.2f})",
+        "spread": "coarse spread {spread[0]:.2f} (equal needs: {noise[0]:.2f}), "
+                  "fine spread {spread[1]:.2f} (equal needs: {noise[1]:.2f})",
         "predicted_gain": "predicted gain {predicted_gain:+.4f}, log error {error:.2f} at measurements left out "
                           "({error_without_signals:.2f} without signals)",
         "realised_gain": "the last move brought {realised_gain:+.4f}",
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
-    equal = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
-    said = [words[key].format(**entry, equal=equal) for key in words if key in entry]
+    noise = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
+    said = [words[key].format(**entry, noise=noise) for key in words if key in entry]
     text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
     for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
@@ -780,31 +775,30 @@ def describe_event(entry):
 
 def draw_ranks(history, path):
     """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
-    cell = 46  # pixels
+    side = 46  # of a cell, in pixels
     names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
     start = np.array(history[0]["ranks"])  # [layers, projections]
-    size = cell * len(names), cell * len(start)
-    panel = size[0] + 2 * cell
-    image = Image.new("RGB", (panel * len(history), size[1] + 4 * cell), "white")
+    width = side * (len(names) + 2)  # of a panel
+    image = Image.new("RGB", (width * len(history), side * (len(start) + 4)), "white")
+    draw = ImageDraw.Draw(image)
 
-    def text(column, row, words, size=13, anchor="mm"):
-        place = panel * number + cell * (column + 1), cell * (row + 3)
-        ImageDraw.Draw(image).text(place, str(words), "black", ImageFont.load_default(size), anchor)
+    def fill(column, row, words, color="white"):
+        x, y = width * number + side * (column + 1), side * (row + 4)
+        draw.rectangle((x, y, x + side, y + side), color)
+        draw.text((x + side / 2, y + side / 2), str(words), "black", ImageFont.load_default(13), "mm")
 
     for number, entry in enumerate(history):
-        text(-0.7, -2.8, describe_event(entry).partition("\n")[0].replace("; ", "\n"), 10, "la")
-        shade = np.log2(entry["ranks"] / start).clip(-1, 1)[..., None]
-        colors = 255 - abs(shade) * np.where(shade > 0, (205, 125, 0), (0, 105, 225))  # [layers, projections, 3]
-        cells = Image.fromarray(colors.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-        image.paste(cells, (panel * number + cell, 3 * cell))
+        said = describe_event(entry).partition("\n")[0].replace("; ", "\n")
+        said += "\nrows: layers, beside them their coarse part; blue: more than at the start"
+        draw.text((width * number + 14, 10), said, "black", ImageFont.load_default(10))
         for column, name in enumerate(names):
-            text(column + 0.5, -0.3, name)
-        for row, ranks in enumerate(entry["ranks"]):
-            text(-0.3, row + 0.5, row)
-            text(len(names) + 0.5, row + 0.5, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "", 12)
-            for column, rank in enumerate(ranks):
-                text(column + 0.5, row + 0.5, rank, 15)
-        text(0, len(start) + 0.5, "rows: layers, beside them their coarse part; blue: more than at the start", 10, "lm")
+            fill(column, -1, name)
+        for (row, column), rank in np.ndenumerate(entry["ranks"]):
+            more = np.log2(rank / start[row, column]).clip(-1, 1)
+            fill(column, row, rank, f"hsl({220 if more > 0 else 30}, 100%, {100 - 40 * abs(more):.0f}%)")
+        for row in range(len(start)):
+            fill(-1, row, row)
+            fill(len(names), row, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "")
     image.save(path)
 
 
@@ -832,11 +826,10 @@ def run_benchmark(config):
     size = config.per_device_train_batch_size or 64
     chunk = size * dist.get_world_size()
     for start in tqdm(range(0, len(left), chunk), disable=dist.get_rank() > 0 or None):
-        mine = left[start : start + chunk]
-        for question, text in gather(answer(model, tokenizer, mine, config.images, config.num_workers or 0, size, 128)):
-            answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text,
-                            "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}})  # fmt: skip
-            log(**answers[-1])
+        mine = answer(model, tokenizer, left[start : start + chunk], config.images, config.num_workers or 0, size, 128)
+        for question, text in gather(mine):
+            answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text})
+            log(**answers[-1], model_id=model_id)
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
 
 
