@@ -204,7 +204,6 @@ class HybridLoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
-        self.directions = None  # [k, in]: the input's principal directions, each as long as it is strong; see align
         self.lora_A = nn.Parameter(torch.zeros(0, base.in_features, device=base.weight.device))  # [r, in]
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, 0, device=base.weight.device))  # [out, r]
         self.resize(coarse_rank, fine_rank)
@@ -239,23 +238,23 @@ class HybridLoRALinear(nn.Module):
         """Numbers of the components [r], those first that add most to the weights."""
         return (self.lora_A.norm(dim=1) * self.lora_B.norm(dim=0)).argsort(descending=True, stable=True)
 
-    def new_rows(self, count, present, generator=None):
-        """Rows of A [count, in] to add to those present [r, in]: the input's strongest directions outside their span.
+    def new_rows(self, count, moment=None):
+        """Rows of A [count, in] to add: where the gradient draws those that are there, outside of their span.
 
-        Those have length 1. Without directions, or beyond them, rows are uniform as LoRA's (Kaiming, a = √5).
+        moment: the gradient's running mean [r, in]; its strongest directions are taken, with length 1. Without one, or
+        beyond r, rows are uniform as LoRA's (Kaiming, a = √5).
         """
         bound = 1 / math.sqrt(self.base.in_features)
-        new = torch.empty(count, self.base.in_features).uniform_(-bound, bound, generator=generator)
-        new = new.to(present.device)  # drawn on the CPU: the same numbers on every device
-        if self.directions is not None and count:
-            basis = torch.linalg.qr(present.T).Q  # [in, r]
-            outside = self.directions - self.directions @ basis @ basis.T
-            strongest = torch.linalg.svd(outside, full_matrices=False).Vh[:count]
+        # drawn on the CPU: the same numbers on every device
+        new = torch.empty(count, self.base.in_features).uniform_(-bound, bound).to(self.lora_A.device)
+        if moment is not None and count:
+            basis = torch.linalg.qr(self.lora_A.T).Q  # [in, r]
+            strongest = torch.linalg.svd(moment - moment @ basis @ basis.T, full_matrices=False).Vh[:count]
             new[: len(strongest)] = strongest
         return new
 
     @torch.no_grad()
-    def resize(self, coarse_rank, fine_rank=0, optimizer=None, generator=None):
+    def resize(self, coarse_rank, fine_rank=0, optimizer=None):
         """Change the rank; returns the indices of the components kept, which come first and in order.
 
         Growing leaves the function as it is: new columns of B are zero. Shrinking drops the weakest components. A and B
@@ -273,7 +272,8 @@ class HybridLoRALinear(nn.Module):
         added = rank - len(kept)
         self.coarse_rank = coarse_rank
         self.fine_rank = fine_rank
-        self.lora_A = nn.Parameter(torch.cat([A[kept], self.new_rows(added, A[kept], generator)]))
+        moment = optimizer.state[A].get("exp_avg") if optimizer else None
+        self.lora_A = nn.Parameter(torch.cat([A[kept], self.new_rows(added, moment)]))
         self.lora_B = nn.Parameter(F.pad(B[:, kept], (0, added)))
         if optimizer is not None:
             replace_parameter(optimizer, A, self.lora_A, kept, dim=0)
@@ -337,9 +337,9 @@ def align(model, batches):
             continue
         with torch.autocast(x.device.type, enabled=False):  # its products are to be exact, too
             # 20 rounds: where directions are nearly as strong as each other, the usual two leave them mixed
-            _, strength, directions = torch.pca_lowrank(x, min(2 * adapter.rank, *x.shape), niter=20)
-            adapter.directions = (strength * directions).T
-            adapter.lora_A.copy_(adapter.new_rows(adapter.rank, adapter.lora_A[:0]))
+            _, _, directions = torch.pca_lowrank(x, min(2 * adapter.rank, *x.shape), niter=20)
+            rows = directions.T[: adapter.rank]
+            adapter.lora_A[: len(rows)] = rows
 
 
 def freeze(model, stage, method):
@@ -457,8 +457,8 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-NOISE = 0.6  # standard deviation of log needs where all modules need the same: measured where that is known
-LEAST = 0.01  # share of the loss that a move has to promise: what promises less moves where needs are equal, too
+NOISE = 0.6  # standard deviation of log worths where all modules need the same: measured where that is known
+LEAST = 0.1  # what a move has to promise, as a share of what training brought by itself since the last look
 
 
 @torch.no_grad()
@@ -468,200 +468,179 @@ def look(modules, measure):
     Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs,
     scale · B · Σ^½ with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖².
     """
-    zeros = partial(torch.zeros, dtype=torch.float64)  # a process may have no probe records
-    sums = {module: (zeros(module.rank, module.rank), zeros(())) for module in modules}
+    # sums of h hᵀ, h being A x and, as the last element, ‖W x‖; zeros where a process has no probe records
+    sums = {module: torch.zeros(module.rank + 1, module.rank + 1, dtype=torch.float64) for module in modules}
 
     def watch(module, args, y):
         with torch.autocast(y.device.type, enabled=False):
             h = args[0].flatten(0, -2).float() @ module.lora_A.T  # [n, r]
             base = y.flatten(0, -2).float() - module.scale * h @ module.lora_B.T
-            sums[module][0].add_((h.T @ h).double().cpu())
-            sums[module][1].add_(base.square().sum().double().cpu())
+            h = torch.cat([h, base.norm(dim=1, keepdim=True)], 1)
+            sums[module].add_((h.T @ h).double().cpu())
 
     hooks = [module.register_forward_hook(watch) for module in modules]
     loss = measure()
     for hook in hooks:
         hook.remove()
-    if not math.isfinite(loss):
-        return loss, []
     spectra = []
-    for module, (gram, energy) in sums.items():
+    for module, total in sums.items() if math.isfinite(loss) else ():
         if dist.is_initialized():
-            dist.all_reduce(gram)
-            dist.all_reduce(energy)
-        values, vectors = torch.linalg.eigh(gram)
-        outputs = module.scale * module.lora_B.double().cpu() @ (vectors * values.clamp(min=0).sqrt())  # [out, r]
-        spectra.append((torch.linalg.svdvals(outputs) / energy.sqrt() + 1e-12).numpy())
+            dist.all_reduce(total)
+        B = module.scale * module.lora_B.double().cpu()
+        squares = torch.linalg.eigvals(total[:-1, :-1] @ B.T @ B).real / total[-1, -1]
+        spectra.append((squares.clamp(min=0).sqrt().sort(descending=True).values + 1e-12).numpy())
     if dist.is_initialized():
         dist.broadcast_object_list(spectra)
     return loss, spectra
 
 
-def coarse_and_fine(log_need):
-    """What of log needs [L, 7] equal needs do not explain: (coarse [L, 1], fine [L, 7], spread of each).
+def coarse_and_fine(log_worth):
+    """What of log worths [L, 7] equal needs do not explain: (coarse [L, 1], fine [L, 7], spread of each).
 
     Coarse is a layer's deviation from the mean, fine a projection's from its layer. Each is kept by the share of its
     variance that noise does not give, too (empirical Bayes on two levels): where needs are equal nothing is left.
     """
-    layers, width = log_need.shape
-    layer = log_need.mean(1, keepdims=True)
-    coarse = layer - layer.mean()
-    fine = log_need - layer
-    spread = math.sqrt((coarse**2).sum() / max(layers - 1, 1)), math.sqrt((fine**2).sum() / (layers * (width - 1)))
+    layers, width = log_worth.shape
+    layer = log_worth.mean(1, keepdims=True)
+    deviations = layer - layer.mean(), log_worth - layer
+    spread = float(deviations[0].std(ddof=min(1, layers - 1))), float(deviations[1].std(ddof=layers))
     noise = NOISE / math.sqrt(width), NOISE
     kept = [max(0.0, 1 - (equal / max(there, 1e-9)) ** 2) for equal, there in zip(noise, spread)]
-    return kept[0] * coarse, kept[1] * fine, spread
+    return kept[0] * deviations[0], kept[1] * deviations[1], spread
 
 
-def fill(worth, costs, budget, most):
-    """Ranks from 1 on: one by one the component of most worth(module, number) per parameter that fits the budget."""
+def fill(worth, costs, budget):
+    """Ranks [M] from 1 on: the components of most worth [M, K] per parameter that fit the budget; none worth 0."""
     ranks = np.ones(len(costs), int)
-    left = budget - int(costs.sum())
-    value = np.array([worth(i, 2) for i in range(len(costs))]) / costs
-    while (fits := (ranks < most) & (costs <= left)).any():
-        i = int(np.where(fits, value, -1.0).argmax())
-        ranks[i] += 1
-        left -= costs[i]
-        value[i] = worth(i, ranks[i] + 1) / costs[i]
+    left = budget - costs.sum()
+    value = worth[:, 1:] / costs[:, None]
+    for place in np.argsort(-value, axis=None, kind="stable"):
+        i = place // value.shape[1]
+        if value.flat[place] > 0 and costs[i] <= left:
+            ranks[i] += 1
+            left -= costs[i]
     return ranks
 
 
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    A component is worth its squared singular value. A spectrum is taken to fall as need / k(k + 1): what is there
-    tells the need, and what number k > r would be worth. The performance model turns worth into loss: its price, loss
-    per worth, is fitted to what masking components costs on the probe records; its share, to what added components
-    brought of what was promised. It has to consent before a move; a move that did harm is taken back.
+    A component is worth its squared singular value; a spectrum is taken to go on past its end as 1 / k(k + 1). The
+    performance model turns worth into loss: its price, loss per worth, is fitted to what the probe loss rises by while
+    components are masked; its trust is what added components brought of what they promised. It has to consent to a
+    move. All that is remembered is the history, whose entries are logged, too.
 
     method "hydra"; to compare "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
     latter the layers' part alone), "random" (once).
     """
 
-    EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; at the first there is only a look
-    STATE = ("last", "pending", "probes", "judged", "history")
+    EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
         self.modules = list(adapters(model).values())
-        self.costs = np.array([module.cost for module in self.modules]).reshape(-1, len(PROJECTIONS))
+        self.costs = np.array([module.cost for module in self.modules])  # [L · 7]
         self.budget = rank * int(self.costs.sum())
         self.seed = seed
         self.method = method
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
-        self.last = None  # log needs at the last look
-        self.pending = None  # the move to be judged: [components added, loss promised, loss that it cost, ranks before]
-        self.probes = []  # maskings: [worth, components, rise of the loss]
-        self.judged = []  # [loss promised, brought]
         self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().tolist()}]
 
     def state_dict(self):
-        return {key: getattr(self, key) for key in self.STATE}
+        return {"history": self.history}
 
     def load_state_dict(self, state):
-        vars(self).update({key: state[key] for key in self.STATE})
+        self.history = state["history"]
 
     def ranks(self):
-        return np.array([module.rank for module in self.modules]).reshape(self.costs.shape)  # [layers, projections]
+        return np.array([module.rank for module in self.modules]).reshape(-1, len(PROJECTIONS))
 
     def event(self, step, measure, optimizer):
         """One rank event; returns its log entry. measure() is the loss on the probe records, equal on all processes."""
-        before = self.ranks()
+        before = ranks = self.ranks()  # [L, 7]
         loss, spectra = look(self.modules, measure)
-        entry = {"step": step, "probe_loss": loss, "choice": "stay", "ranks_before": before.tolist()}
-        if math.isfinite(loss):
-            ranks = self.decide(step, before.flatten(), loss, spectra, measure, entry).reshape(before.shape)
-            coarse = np.rint((ranks * self.costs).sum(1) / self.costs.sum(1)).astype(int)  # a layer's mean rank
-            coarse = coarse.repeat(len(PROJECTIONS)).tolist()
-            for module, rank, layer in zip(self.modules, ranks.flatten().tolist(), coarse):
-                if rank != module.rank:
-                    generator = torch.Generator().manual_seed(self.seed + step)
-                    module.resize(layer, rank - layer, optimizer, generator)
-        ranks = self.ranks()
-        entry |= {"ranks": ranks.tolist(), "parameters": int((ranks * self.costs).sum()), "budget": self.budget}
+        entry = {"step": step, "choice": "stay", "probe_loss": loss, "ranks_before": before.tolist()}
         self.history.append(entry)
+        if math.isfinite(loss):
+            ranks = self.decide(before.flatten(), spectra, measure, entry).reshape(before.shape)
+        coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS)).tolist()
+        for module, rank, layer in zip(self.modules, ranks.flatten().tolist(), coarse):
+            if rank != module.rank:
+                module.resize(layer, rank - layer, optimizer)
+        parameters = int(self.costs @ ranks.flatten())
+        entry |= {"ranks": ranks.tolist(), "parameters": parameters, "budget": self.budget}
         return entry
 
-    def decide(self, step, before, loss, spectra, measure, entry):
+    def decide(self, before, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
-        costs = self.costs.flatten()
-        need = np.log([spectrum[-1] ** 2 for spectrum in spectra] * before * (before + 1.0))
-        # log need at which the last component of every module has the same worth per parameter
-        parity = np.log(before * (before + 1.0) * costs)
-        need_before = need if self.last is None else np.array(self.last)
-        self.last = need.tolist()
-        *deviations, entry["spread"] = coarse_and_fine((need - parity).reshape(self.costs.shape))
-        *deviations_before, _ = coarse_and_fine((need_before - parity).reshape(self.costs.shape))
-        # what has passed since the last look moves no rank: of two deviations of one sign the smaller, else 0
-        pairs = zip(deviations, deviations_before)
-        coarse, fine = (new.clip(np.minimum(old, 0), np.maximum(old, 0)) for new, old in pairs)
-        entry |= {"coarse": coarse.flatten().tolist(), "fine": fine.tolist()}
-        if step == self.event_steps[0]:
-            entry["choice"] = "look"
+        last = self.history[-2]
+        if "added" in last:  # the loss without as many of the weakest tells what they brought
+            entry["judged"] = [last["promised"], self.rise_without(last["added"], measure)]
+        promised, brought = np.sum([e["judged"] for e in self.history if "judged" in e] or [[1, 1]], axis=0)
+        trust = float(np.clip(brought / max(promised, 1e-12), 0, 4))
+        most = np.minimum(2 * before, [module.max_rank for module in self.modules])
+        k = np.arange(1, most.max() + 1)
+        there = k <= before[:, None]  # [L · 7, K]
+        ends = np.array([spectrum[-1] ** 2 for spectrum in spectra])
+        squares = np.outer(ends * before * (before + 1), 1 / (k * (k + 1)))
+        squares[there] = np.concatenate(spectra) ** 2
+        worth = squares * self.need(np.log(ends / self.costs), entry)[:, None] * np.where(there, 1, trust)
+        ranks = fill(worth * (k <= most[:, None]), self.costs, self.budget)
+        if (ranks == before).all():
             return before
-        if self.pending:  # judge the last move by the loss without as many of the weakest components as it added
-            added, promised, cost, ranks_before = self.pending
-            self.pending = None
-            brought = self.rise_without(added, loss, measure)
-            self.judged.append([promised, brought])
-            entry |= {"promised": promised, "realised_gain": brought - cost}
-            if brought < 0:
-                entry["choice"] = "undo"
-                return np.array(ranks_before)
-        if self.method == "hydra" and step > self.event_steps[2] and not self.judged:
-            return before  # too late for a first move: what turns out to do harm could not be made good
-        promised, brought = np.sum(self.judged or [[1, 1]], axis=0)
-        share = float(np.clip(brought / max(promised, 1e-12), 0, 4))
+        entry["choice"] = "move"
+        if self.method not in ("hydra", "dynamic"):
+            return ranks
+        dropped = there & (k > ranks[:, None])
+        added = ~there & (k <= ranks[:, None])
+        weakest = (k == before[:, None]) & (before < ranks)[:, None]  # of what is to grow
+        entry["maskings"] = [
+            [float(squares[part].sum()), int(part.sum()), self.rise_without(part.sum(1).tolist(), measure)]
+            for part in (dropped, weakest)
+        ]
+        price, error = self.fit(0)
+        _, blind = self.fit(1)
+        promised = price * float(worth[added].sum())
+        gain = promised - max(entry["maskings"][0][2], 0.0)  # that masking helps is chance
+        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}
+        loss = entry["probe_loss"]
+        fall = last.get("probe_loss", math.nan) - loss
+        if self.method == "hydra" and not (error < blind and LEAST * fall < gain < loss):
+            entry["choice"] = "abstain"
+            return before
+        entry |= {"added": added.sum(1).tolist(), "promised": promised / trust}
+        return ranks
+
+    def need(self, log_worth, entry):
+        """Factors [L · 7] on worths: of deviations of log worths per parameter, what is no noise and lasts is kept."""
+        coarse, fine, entry["spread"] = coarse_and_fine(log_worth.reshape(-1, len(PROJECTIONS)))
         if self.method == "coarse":
             fine = 0 * fine
         if self.method == "random":
-            coarse = 0 * coarse
             fine = np.random.default_rng(self.seed).normal(size=fine.shape)
-        settled = (need - parity).mean() + (coarse + fine).flatten() + parity  # log needs [L · 7]
-
-        def worth(i, k):
-            if k <= before[i]:
-                return spectra[i][k - 1] ** 2 * math.exp(settled[i] - need[i])
-            return share * math.exp(settled[i]) / (k * (k + 1))
-
-        ranks = fill(worth, costs, self.budget, np.minimum(2 * before, [module.max_rank for module in self.modules]))
-        entry["choice"] = "stay" if (ranks == before).all() else "move"
-        if entry["choice"] == "stay" or self.method not in ("hydra", "dynamic"):
-            return ranks
-        grown = np.maximum(ranks - before, 0)
-        rises = []
-        for masked in (np.maximum(before - ranks, 0), grown > 0):  # what is to go; of what is to grow the weakest
-            rises.append(self.rise_without(masked, loss, measure))
-            taken = sum((spectrum[len(spectrum) - n :] ** 2).sum() for spectrum, n in zip(spectra, masked))
-            if taken > 0:
-                self.probes.append([float(taken), int(masked.sum()), rises[-1]])
-        cost = max(rises[0], 0.0)  # that masking helps is chance
-        price, error = self.fit(0)
-        _, blind = self.fit(1)
-        added = 1 / (before + 1) - 1 / (before + grown + 1)  # the sum of 1 / k(k + 1) over them
-        promised = price * float((np.exp(settled) * added).sum())
-        gain = share * promised - cost
-        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}
-        if self.method == "hydra" and not (error < blind and gain > LEAST * loss):
-            entry["choice"] = "abstain"
-            return before
-        self.pending = [grown.tolist(), promised, cost, before.tolist()]
-        return ranks
+        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist()}
+        needed = log_worth.mean()
+        for part in ("coarse", "fine"):
+            now = np.array(entry[part])
+            then = np.array(self.history[-2].get(part, 0))  # of two of one sign the smaller counts, else none
+            needed = needed + now.clip(np.minimum(then, 0), np.maximum(then, 0))
+        return np.exp(needed.flatten() - log_worth)
 
     def fit(self, column):
-        """(loss per worth (column 0) or component (1), error at probes left out, as a standard log ratio)."""
-        x, y = np.array(self.probes)[:, [column, 2]].T
+        """(loss per worth (column 0) or component (1), error at maskings left out, as a standard log ratio)."""
+        maskings = [masking for entry in self.history for masking in entry.get("maskings", ()) if masking[1]]
+        x, y = np.array(maskings)[:, [column, 2]].T
         log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
         left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
         return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))
 
     @torch.no_grad()
-    def rise_without(self, counts, loss, measure):
-        """What the probe loss rises by while so many [L · 7] of each adapter's weakest components are masked."""
-        masked = [(module, int(count), module.lora_B.clone()) for module, count in zip(self.modules, counts) if count]
-        for module, count, _ in masked:
-            module.lora_B[:, module.by_strength()[-count:]] = 0
-        rise = measure() - loss
+    def rise_without(self, counts, measure):
+        """What the probe loss rises by while so many of each adapter's weakest components are masked."""
+        masked = [(module, n, module.lora_B.clone()) for module, n in zip(self.modules, counts) if n]
+        for module, n, _ in masked:
+            module.lora_B[:, module.by_strength()[-n:]] = 0
+        rise = measure() - self.history[-1]["probe_loss"]
         for module, _, B in masked:
             module.lora_B.copy_(B)
         return rise

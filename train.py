@@ -417,9 +417,9 @@ def run(config):
     samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
     check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
     check_prompts(questions, model, tokenizer)
-    if config.stage == 2 and config.method not in ("lora", "full"):
+    if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
         picked = samples(train[:: -(-len(train) // 64)])  # 64 samples, 32 places of each: 2,048 for up to 128 rows
-        with autocast(device):  # before a checkpoint is restored, too: what grows later needs the directions
+        with autocast(device):
             hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
     controller = None
@@ -761,7 +761,7 @@ def describe_event(entry):
                   "fine spread {spread[1]:.2f} (equal needs: {noise[1]:.2f})",
         "predicted_gain": "predicted gain {predicted_gain:+.4f}, log error {error:.2f} at measurements left out "
                           "({error_without_signals:.2f} without signals)",
-        "realised_gain": "the last move brought {realised_gain:+.4f}",
+        "judged": "what the last move added brought {judged[1]:+.4f} of {judged[0]:+.4f} promised",
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
     noise = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
@@ -798,7 +798,7 @@ def draw_ranks(history, path):
             fill(column, row, rank, f"hsl({220 if more > 0 else 30}, 100%, {100 - 40 * abs(more):.0f}%)")
         for row in range(len(start)):
             fill(-1, row, row)
-            fill(len(names), row, f"{entry['coarse'][row]:+.1f}" if "coarse" in entry else "")
+            fill(len(names), row, f"{entry['coarse'][row][0]:+.1f}" if "coarse" in entry else "")
     image.save(path)
 
 
