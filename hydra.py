@@ -391,7 +391,8 @@ class HydraVLM(nn.Module):
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
             tokens = self.projector(self.clip(pixel_values.to(device, non_blocking=True)))  # [N, 144, D]
-            embeddings[torch.where(ids == IMAGE_TOKEN)] = tokens.flatten(0, 1).to(embeddings.dtype)
+            tokens = tokens.flatten(0, 1).to(embeddings.dtype)
+            embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
         elif self.training:
             # DDP waits for every gradient: a batch without an image gives the projector a zero one
             nothing = torch.zeros(1, self.patches, self.clip.clip.config.hidden_size, device=device)
@@ -720,8 +721,8 @@ def open_folder(name):
 
 def require(file, config, wanted):
     """Mistake that names a setting which would change the result, and is there but not what we do."""
-    for key in config.keys() & wanted:
-        if config[key] != wanted[key]:
+    for key in wanted:
+        if config.get(key, wanted[key]) != wanted[key]:
             raise Mistake(f"{file}: {key} is {config[key]!r}, and only {wanted[key]!r} is supported")
 
 
@@ -834,7 +835,7 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
         vision_tower = config.get("mm_vision_tower") or CLIP
         beside = folder.parent / vision_tower  # in upstream's configs a path, at times relative
         vision_tower = beside if beside.is_dir() else vision_tower
-    llm, tokenizer = load_llm(name_or_dir, dtype, weights)
+    llm, tokenizer = load_llm(folder, dtype, weights)  # not the name: the hub is asked once
     clip = load_clip(vision_tower, dtype, tower)
     is_file = projector and Path(projector).is_file()
     is_trained = is_file or kind == "mobilevlm" and not projector
@@ -947,7 +948,7 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
     with whole(to) as folder:
         folder.mkdir()
         if format == "peft":
-            note = write_peft(folder, model, padded)
+            note = write_peft(folder, modules, model.origin["model"], padded)
         else:
             note = write_merged(folder, model, tokenizer, format, dtype)
         if format != "mobilevlm":
@@ -964,8 +965,7 @@ def write_merged(folder, model, tokenizer, format, dtype):
     config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config.pop("dtype", None)
     if rope := config.get("rope_parameters"):  # as transformers 4 names them
-        scaling = None if rope["rope_type"] == "default" else rope
-        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
     state = model.llm.state_dict()
     if format == "mobilevlm":
         state |= model.projector.state_dict(prefix="model.mm_projector.")
@@ -991,13 +991,11 @@ def write_merged(folder, model, tokenizer, format, dtype):
     return f"LLM, projector and tokenizer in {dtype}"
 
 
-def write_peft(folder, model, padded):
+def write_peft(folder, modules, base, padded):
     """PEFT's two files and a README, whose first line is returned.
 
     padded: zeros bring every adapter to the largest rank, for tools that know one rank and one alpha.
     """
-    modules = adapters(model)
-    base = model.origin["model"]
     ranks = {name: module.rank for name, module in modules.items()}
     largest = max(ranks.values())
     scale = next(iter(modules.values())).scale
