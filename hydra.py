@@ -27,8 +27,6 @@ import argparse
 import json
 import math
 import os
-import re
-import shutil
 import sys
 import zipfile
 import zlib
@@ -43,8 +41,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save
-from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, TextStreamer
-from transformers.utils import logging
+from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, TextStreamer, logging
 
 import data
 from data import IGNORE, IMAGE_TOKEN, Mistake, reading, whole
@@ -142,10 +139,6 @@ class LDPNet(nn.Module):
         x = self.model["mb_block"](to_grid(x))  # [B, D, 24, 24] -> [B, D, 12, 12]
         return x.flatten(2).transpose(1, 2)  # [B, P / 4, D]
 
-    @staticmethod
-    def image_tokens(patches):
-        return math.ceil(math.isqrt(patches) / 2) ** 2
-
 
 class LDPNetV2(nn.Module):
     """MobileVLM V2's projector: [B, P, C] -> [B, 144, D], by pooling and a positional convolution."""
@@ -164,10 +157,6 @@ class LDPNetV2(nn.Module):
         x = F.adaptive_avg_pool2d(to_grid(x), 12)  # [B, D, 12, 12]
         x = x + self.peg["peg"](x)
         return x.flatten(2).transpose(1, 2)  # [B, 144, D]
-
-    @staticmethod
-    def image_tokens(patches):
-        return 144
 
 
 PROJECTORS = {projector.kind: projector for projector in (LDPNet, LDPNetV2)}
@@ -372,7 +361,8 @@ class HydraVLM(nn.Module):
         vision = clip.clip.config
         self.image_size = vision.image_size
         self.patches = (vision.image_size // vision.patch_size) ** 2
-        self.image_tokens = projector.image_tokens(self.patches)  # what one image takes in the LLM's context
+        nothing = next(projector.parameters()).new_zeros(1, self.patches, vision.hidden_size)
+        self.image_tokens = projector(nothing).shape[1]  # what one image takes in the LLM's context
         self.context_length = llm.config.max_position_embeddings
 
     def splice(self, input_ids, attention_mask, pixel_values, labels=None, left=False):
@@ -401,9 +391,8 @@ class HydraVLM(nn.Module):
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
             tokens = self.projector(self.clip(pixel_values.to(device, non_blocking=True)))  # [N, 144, D]
-            where = (ids == IMAGE_TOKEN).flatten().nonzero().squeeze(1).to(device)
-            flat = embeddings.flatten(0, 1).index_copy(0, where, tokens.flatten(0, 1).to(embeddings.dtype))
-            embeddings = flat.view_as(embeddings)
+            tokens = tokens.flatten(0, 1).to(embeddings.dtype)
+            embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
         elif self.training:
             # DDP waits for every gradient: a batch without an image gives the projector a zero one
             nothing = torch.zeros(1, self.patches, self.clip.clip.config.hidden_size, device=device)
@@ -673,8 +662,7 @@ class DropoutLinear(torch.autograd.Function):
 # pretrained parts
 
 CLIP = "openai/clip-vit-large-patch14-336"  # MobileVLM's
-COMPUTED = r"rotary_emb\.inv_freq$|position_ids$"  # in files of older versions; models compute them
-TEXT_HALF = r"^(text_model|text_projection|visual_projection|logit_scale)\b"  # of a whole CLIP
+TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
 # of a MobileVLM's config: what changes the result, as MobileVLM was trained; what is read elsewhere, or not needed
 MOBILEVLM = {
     "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
@@ -701,14 +689,20 @@ def open_folder(name):
         config = dict(json.loads((folder / "config.json").read_bytes()))
     if config.get("quantization_config"):
         raise Mistake(f"{folder}: its weights are quantized, which is not supported; give those of full precision")
+    if config.get("format") == "hydra":
+        kinds = {"stage": int, "model": str, "vision_tower": str, "projector": str, "ranks": dict, "run": dict}
+        kinds |= {"scale": float, "dropout": float} if config.get("ranks") else {}
+        for key, kind in kinds.items():
+            if not isinstance(config.get(key), kind):
+                raise Mistake(f"{folder / 'config.json'}: {key} is missing or damaged; use another checkpoint")
     return folder, config
 
 
 def require(file, config, wanted):
-    """Mistake that names a setting which would change the result, and is not what we do."""
+    """Mistake that names a setting which would change the result, and is there but not what we do."""
     for key in wanted:
-        if config.get(key) != wanted[key]:
-            raise Mistake(f"{file}: {key} is {config.get(key)!r}, and only {wanted[key]!r} is supported")
+        if config.get(key, wanted[key]) != wanted[key]:
+            raise Mistake(f"{file}: {key} is {config[key]!r}, and only {wanted[key]!r} is supported")
 
 
 def read_weights(path):
@@ -726,7 +720,7 @@ def read_weights(path):
             else:  # files of the old format, which are no zip files, cannot be mapped
                 read = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             weights |= {key: tensor for key, tensor in read.get("state_dict", read).items() if torch.is_tensor(tensor)}
-    return {key: tensor for key, tensor in weights.items() if not re.search(COMPUTED, key)}
+    return weights
 
 
 def check_fit(own, there, source):
@@ -757,10 +751,9 @@ def load_clip(name, dtype=torch.float32, weights=None):
     if file.is_file():
         with reading(file):
             steps = dict(json.loads(file.read_bytes()))
-        ours = {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3}
-        require(file, ours | steps, ours)
+        require(file, steps, {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3})
     weights = weights or read_weights(folder)
-    weights = {key: tensor for key, tensor in weights.items() if not re.search(TEXT_HALF, key)}
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith(TEXT_HALF)}
     return CLIPEncoder(build(CLIPVisionModel, config.get("vision_config", config), weights, dtype, name))
 
 
@@ -784,15 +777,6 @@ def load_llm(name, dtype=torch.float32, weights=None):
     return llm, tokenizer
 
 
-def load_projector(state, clip_width, llm_width, source):
-    """The projector, of either kind, that this state {name: tensor} is of."""
-    projectors = [build_projector(kind, clip_width, llm_width) for kind in PROJECTORS]
-    projector = next((p for p in projectors if p.state_dict().keys() == state.keys()), projectors[0])
-    check_fit(projector.state_dict(), state, source)
-    projector.load_state_dict(state)
-    return projector
-
-
 def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.float32):
     """(model in eval mode, tokenizer) from a folder or hub id; its config.json says which kind it is:
 
@@ -808,7 +792,6 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
     file = folder / "config.json"
     kind = config.get("format") or config.get("model_type")
     if kind == "hydra":
-        config = read_config(folder)
         if projector:
             raise Mistake(f"{folder}: has its own projector; do not give another")
         parts = {"model": config["model"], "vision_tower": vision_tower or config["vision_tower"]}
@@ -819,9 +802,8 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
         restore(model, folder)
         return model.eval(), tokenizer
     if kind == "mobilevlm":
-        settings = [key for key in config if key.startswith(("mm_", "image_")) and key not in READ_ELSEWHERE]
-        settings += [key for key in MOBILEVLM if key in config]
-        require(file, config, {key: MOBILEVLM.get(key) for key in [*settings, "image_aspect_ratio"]})
+        unknown = {key: None for key in config if key.startswith(("mm_", "image_")) and key not in READ_ELSEWHERE}
+        require(file, {"image_aspect_ratio": None} | config, unknown | MOBILEVLM)
     elif kind != "llama":
         raise Mistake(f"{name_or_dir}: is neither a LLaMA, a MobileVLM nor a checkpoint of train.py, but {kind!r}")
     tower, state, weights = {}, {}, {}
@@ -832,19 +814,19 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
         vision_tower = config.get("mm_vision_tower") or CLIP
         beside = folder.parent / vision_tower  # in upstream's configs a path, at times relative
         vision_tower = beside if beside.is_dir() else vision_tower
-    llm, tokenizer = load_llm(name_or_dir, dtype, weights)
+    llm, tokenizer = load_llm(folder, dtype, weights)  # not the name: the hub is asked once
     clip = load_clip(vision_tower, dtype, tower)
-    widths = clip.clip.config.hidden_size, llm.config.hidden_size
     is_file = projector and Path(projector).is_file()
     is_trained = is_file or kind == "mobilevlm" and not projector
     if is_file:
         state = {key.split("mm_projector.")[-1]: tensor for key, tensor in read_weights(Path(projector)).items()}
+    own = "ldpnetv2" if "peg.peg.0.weight" in state else "ldpnet"
+    new = build_projector(own if is_trained else projector or own, clip.clip.config.hidden_size, llm.config.hidden_size)
     if is_trained:
-        new = load_projector(state, *widths, projector or name_or_dir)
-    else:
-        new = build_projector(projector or "ldpnet", *widths)
-    if is_trained and not is_file and "mm_projector_type" in config:
-        require(file, config, {"mm_projector_type": new.kind})
+        check_fit(new.state_dict(), state, projector or name_or_dir)
+        new.load_state_dict(state)
+    if is_trained and not is_file:
+        require(file, config, {"mm_projector_type": own})
     origin = {"model": name_or_dir, "vision_tower": vision_tower}
     # a checkpoint names its backbones; a folder's name must mean the same from everywhere
     origin = {key: str(Path(name).resolve() if Path(name).is_dir() else name) for key, name in origin.items()}
@@ -889,13 +871,6 @@ def read_config(folder):
     folder, config = open_folder(folder)
     if config.get("format") != "hydra":
         raise Mistake(f"{folder}: is not a checkpoint of train.py; give a folder that it wrote")
-    kinds = {"stage": int, "model": str, "vision_tower": str, "projector": str, "ranks": dict, "run": dict}
-    kinds |= {"scale": float, "dropout": float} if config.get("ranks") else {}
-    damaged = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    if not damaged:
-        damaged = [name for name, pair in config["ranks"].items() if not re.fullmatch(r"\[\d+, -?\d+\]", str(pair))]
-    if damaged:
-        raise Mistake(f"{folder / 'config.json'}: {damaged[0]} is missing or damaged; use another checkpoint")
     return config
 
 
@@ -915,7 +890,8 @@ def restore(model, folder):
     if config["ranks"] and not adapters(model):
         inject_adapters(model.llm, 1, config["scale"], config["dropout"])
     for name, module in adapters(model).items():
-        module.resize(*config["ranks"].get(name, (1, 0)))
+        with reading(f"{folder}: config.json's rank of {name}"):
+            module.resize(*config["ranks"].get(name, (1, 0)))
     model.stage = config["stage"]
     freeze(model, model.stage, config.get("method"))
     weights = read_weights(find_checkpoint(folder) / "model.safetensors")
@@ -942,72 +918,63 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
     if not model.stage or format == "peft" and not modules:
         part = "adapters" if model.stage else "trained projector"
         raise Mistake(f"{checkpoint}: has no {part}; give a run of train.py")
+    if format != "peft":
+        for name, module in modules.items():
+            module.base.weight.data += module.delta()
+            model.llm.set_submodule(name, module.base)
+    model.to(getattr(torch, dtype))
 
     with whole(to) as folder:
         folder.mkdir()
         if format == "peft":
-            note = write_peft(folder, model, getattr(torch, dtype), padded)
+            note = write_peft(folder, modules, model.origin["model"], padded)
         else:
-            note = write_merged(folder, model, tokenizer, format, dtype, to)
+            note = write_merged(folder, model, tokenizer, format, dtype)
         if format != "mobilevlm":
-            projector = state_of(model.projector, getattr(torch, dtype), "model.mm_projector.")
-            torch.save(projector, folder / "mm_projector.bin")
+            torch.save(model.projector.state_dict(prefix="model.mm_projector."), folder / "mm_projector.bin")
         files = sorted([path.name for path in folder.iterdir()] + ["export.json"])
         (folder / "export.json").write_text(json.dumps({"checkpoint": str(checkpoint), "files": files}))
     print(f"wrote {to}: {note}")
 
 
-def state_of(module, dtype, prefix=""):
-    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}
-
-
-def write_merged(folder, model, tokenizer, format, dtype, to):
-    """The LLM with its adapters merged, for "mobilevlm" with projector and CLIP; what it is, in words."""
-    modules = adapters(model)
-    for name, module in modules.items():
-        module.base.weight.data += module.delta()
-        model.llm.set_submodule(name, module.base)
+def write_merged(folder, model, tokenizer, format, dtype):
+    """The LLM, whose adapters are merged, for "mobilevlm" with projector and CLIP; what it is, in words."""
     source, config = open_folder(model.origin["model"])
     ids = {key: getattr(model.llm.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config.pop("dtype", None)
     if rope := config.get("rope_parameters"):  # as transformers 4 names them
-        scaling = None if rope["rope_type"] == "default" else rope
-        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    cast = partial(state_of, dtype=getattr(torch, dtype))
-    state = cast(model.llm)
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
+    state = model.llm.state_dict()
     if format == "mobilevlm":
-        state |= cast(model.projector, prefix="model.mm_projector.")
-        state |= cast(model.clip.clip, prefix="model.vision_tower.vision_tower.vision_model.")
+        state |= model.projector.state_dict(prefix="model.mm_projector.")
+        state |= model.clip.clip.state_dict(prefix="model.vision_tower.vision_tower.vision_model.")
         tower = Path(model.origin["vision_tower"])
         config |= MOBILEVLM | {
             "model_type": "mobilevlm", "architectures": ["MobileLlamaForCausalLM"],
             "mm_projector_type": model.projector.kind, "mm_hidden_size": model.clip.clip.config.hidden_size,
             # a folder as seen from the export's parent, so that the two can be moved together
-            "mm_vision_tower": os.path.relpath(tower, to.resolve().parent) if tower.is_dir() else str(tower),
+            "mm_vision_tower": os.path.relpath(tower, folder.resolve().parent) if tower.is_dir() else str(tower),
             "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
             "rotary_dtype": model.llm.config.rotary_dtype,  # for load_llm alone
         }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     torch.save(state, folder / "pytorch_model.bin")
-    for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
-        shutil.copyfile(file, folder / file.name)
-    file = folder / "tokenizer_config.json"
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True} | tokenizer.special_tokens_map
-    settings = json.loads(file.read_bytes()) if file.is_file() else settings
+    for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
+        (folder / file.name).write_bytes(file.read_bytes())
+        settings = json.loads(file.read_bytes()) if file.name == "tokenizer_config.json" else settings
     if (folder / "tokenizer.model").is_file():  # beside which transformers 5 gives no BOS unless it is told to
         settings["add_bos_token"] = True
-    file.write_text(json.dumps(settings, indent=1))
-    return f"LLM {'merged with its adapters ' if modules else ''}in {dtype}, projector and tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return f"LLM, projector and tokenizer in {dtype}"
 
 
-def write_peft(folder, model, dtype, padded):
+def write_peft(folder, modules, base, padded):
     """PEFT's two files and a README, whose first line is returned.
 
     padded: zeros bring every adapter to the largest rank, for tools that know one rank and one alpha.
     """
-    modules = adapters(model)
-    base = model.origin["model"]
     ranks = {name: module.rank for name, module in modules.items()}
     largest = max(ranks.values())
     scale = next(iter(modules.values())).scale
@@ -1021,8 +988,8 @@ def write_peft(folder, model, dtype, padded):
     state = {}
     for name, module in modules.items():
         missing = (largest - module.rank) * padded
-        state[f"base_model.model.{name}.lora_A.weight"] = F.pad(module.lora_A.detach(), (0, 0, 0, missing)).to(dtype)
-        state[f"base_model.model.{name}.lora_B.weight"] = F.pad(module.lora_B.detach(), (0, missing)).to(dtype)
+        state[f"base_model.model.{name}.lora_A.weight"] = F.pad(module.lora_A.detach(), (0, 0, 0, missing))
+        state[f"base_model.model.{name}.lora_B.weight"] = F.pad(module.lora_B.detach(), (0, missing))
     (folder / "adapter_model.safetensors").write_bytes(save(state, {"format": "pt"}))
     note = f"LoRA adapters for {base}; the largest rank is {largest} (servers ask for it: vLLM's --max-lora-rank)"
     readers = "PEFT, vLLM and llama.cpp" if padded else "PEFT from 0.6 on; for vLLM and llama.cpp export with --padded"
@@ -1035,8 +1002,7 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
     """Answer the prompt about an image; without one, what is asked on standard input, as one conversation."""
     if max_new_tokens < 1:
         raise Mistake(f"--max_new_tokens {max_new_tokens}: give a positive number")
-    path = Path(image)
-    picture = data.open_image(path.resolve().parent, image if "://" in image else path.resolve().name)
+    picture = data.open_image("/", image if "://" in image else str(Path(image).resolve()))
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = data.image_to_tensor(picture, model.image_size, "pad")[None]
