@@ -1836,17 +1836,24 @@ def lab(argv):
     worlds, methods, seeds, steps = argv + ["flat", "aligned,hydra", "4", "800"][len(argv) :]
     one, _, last = seeds.partition("-")
     seeds = range(int(one), int(last) + 1) if last else range(int(one))
-    first = None  # divergences at the end of the first method
     methods = with_peft(methods.split(","))
     torch.set_num_threads(1)
-    for world, method in product(worlds.split(","), methods):
-        ends, ranks, starts = map(np.array, zip(*[lab_run(world, method, seed, int(steps)) for seed in seeds]))
-        first = ends if method == methods[0] else first
-        gap = 100 * (ends / first - 1)
-        error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
-        share = 100 * ((ends - first) / starts).mean()
-        print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
-              f"{share:+.2f} % of the start's {starts.mean():.3f}   {ranks[0].tolist()}", flush=True)  # fmt: skip
+    for world in worlds.split(","):
+        ranks = {}  # at the end [seeds, 4, 7]
+        for method in methods:
+            runs = [lab_run(world, method, seed, int(steps)) for seed in seeds]
+            ends, ranks[method], starts = map(np.array, zip(*runs))
+            first = ends if method == methods[0] else first  # what the others are compared with
+            gap = 100 * (ends / first - 1)
+            error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
+            share = 100 * ((ends - first) / starts).mean()
+            print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
+                  f"{share:+.2f} % of the start's {starts.mean():.3f}", flush=True)  # fmt: skip
+        print(f"mean ranks at the end: {'/'.join(methods)}")
+        names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
+        for layer in range(4):
+            means = ["/".join(f"{end[:, layer, i].mean():.1f}" for end in ranks.values()) for i in range(7)]
+            print(f"layer {layer}  " + "  ".join(map(" ".join, zip(names, means))))
 
 
 def test_ranks_go_where_they_are_needed():
