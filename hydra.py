@@ -562,11 +562,14 @@ class RankController:
 
     def decide(self, before, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
+        # what the last move brought: the loss without as many of the weakest components as it added
         last = self.history[-2]
-        if "added" in last:  # the loss without as many of the weakest tells what they brought
+        if "added" in last:
             entry["judged"] = [last["promised"], self.rise_without(last["added"], measure)]
         promised, brought = np.sum([e["judged"] for e in self.history if "judged" in e] or [[1, 1]], axis=0)
         trust = float(np.clip(brought / max(promised, 1e-12), 0, 4))
+
+        # the plan: components by worth, up to twice a rank; past a spectrum's end by the law, as far as it is trusted
         most = np.minimum(2 * before, [module.max_rank for module in self.modules])
         k = np.arange(1, most.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
@@ -580,9 +583,11 @@ class RankController:
         entry["choice"] = "move"
         if self.method not in ("hydra", "dynamic"):
             return ranks
+
+        # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        weakest = (k == before[:, None]) & (before < ranks)[:, None]  # of what is to grow
+        weakest = (k == before[:, None]) & (before < ranks)[:, None]  # of each that is to grow: for the price
         entry["maskings"] = [
             [float(squares[part].sum()), int(part.sum()), self.rise_without(part.sum(1).tolist(), measure)]
             for part in (dropped, weakest)
@@ -606,12 +611,14 @@ class RankController:
         if self.method == "coarse":
             fine = 0 * fine
         if self.method == "random":
+            coarse = 0 * coarse
             fine = np.random.default_rng(self.seed).normal(size=fine.shape)
         entry |= {"coarse": coarse.tolist(), "fine": fine.tolist()}
         needed = log_worth.mean()
         for part in ("coarse", "fine"):
             now = np.array(entry[part])
-            then = np.array(self.history[-2].get(part, 0))  # of two of one sign the smaller counts, else none
+            then = np.array(self.history[-2].get(part, 0))
+            # what has passed since the last look moves no rank: of two of one sign the smaller counts, else none
             needed = needed + now.clip(np.minimum(then, 0), np.maximum(then, 0))
         return np.exp(needed.flatten() - log_worth)
 
