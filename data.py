@@ -328,7 +328,7 @@ def collate(samples):
     }
 
 
-def passes(samples, most_tokens, image_tokens):
+def bounded_batches(samples, most_tokens, image_tokens):
     """The batches that samples are run in: as few as hold at most so many tokens each, rows × longest row.
 
     A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.

@@ -514,10 +514,10 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    A component is worth its squared singular value; a spectrum is taken to go on past its end as 1 / k(k + 1). The
-    performance model turns worth into loss: its price, loss per worth, is fitted to what the probe loss rises by while
-    components are masked; its trust is what added components brought of what they promised. It has to consent to a
-    move. All that is remembered is the history, whose entries are logged, too.
+    Component k of an adapter stands for its k-th singular value and is worth its square; a spectrum is taken to go on
+    past its end as 1 / k(k + 1). The performance model turns worth into loss: its price, loss per worth, is fitted to
+    what the probe loss rises by while components are masked; its trust is what added components brought of what they
+    promised. It has to consent to a move. All that is remembered is the history, whose entries are logged, too.
 
     method "hydra"; to compare "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
     latter the layers' part alone), "random" (once).

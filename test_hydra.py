@@ -248,9 +248,9 @@ def test_a_global_batch_is_shared_out_and_cut_into_passes():
         assert sum((row for step in parts for row in step), []) == list(range(count))
         assert all(len(step) == 2 and max(map(len, step)) <= 4 for step in parts)
     samples = [{"input_ids": [5] * n, "labels": [5] * n, "pixel_values": None} for n in (3, 90, 10, 30, 10)]
-    parts = data.passes(samples, 40, 9)
+    parts = data.bounded_batches(samples, 40, 9)
     assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
-    assert len(data.passes(samples, 1000, 9)) == len(data.passes([], 40, 9)) == 1
+    assert len(data.bounded_batches(samples, 1000, 9)) == len(data.bounded_batches([], 40, 9)) == 1
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
@@ -703,7 +703,7 @@ def test_gradient_does_not_depend_on_the_split(world, stage1, tokenizer, group):
     records, *_ = train.read_data(train.parse_arguments(flags(world, stage1, **changed)))
     samples, (batch,) = make_samples(world, tokenizer, records), data.global_batches(records, 96, seed=0, epoch=0)
     last = data.micro_batches(batch, per_device=12, world_size=2)[-1]
-    counts = [len(data.passes([samples[i] for i in share], 400, 9)) for share in last]
+    counts = [len(data.bounded_batches([samples[i] for i in share], 400, 9)) for share in last]
     assert counts[0] != counts[1]  # the two processes exchange gradients after different numbers of parts
 
 
@@ -2003,7 +2003,7 @@ def fake_batches(mode, model, config, rows, length):
     with mode:
         pixels = torch.empty(3, model.image_size, model.image_size)
     sample = {"input_ids": ids, "labels": [data.IGNORE] * asked + ids[asked:], "pixel_values": pixels, "bad": []}
-    return data.passes([sample] * rows, config.max_tokens_per_pass, model.image_tokens)[:2]
+    return data.bounded_batches([sample] * rows, config.max_tokens_per_pass, model.image_tokens)[:2]
 
 
 def memory(argv):
@@ -2145,7 +2145,8 @@ def bench_step(stage, side):
 
     def step(batch):
         if side == "ours":
-            return train_step(model, optimizer, data.passes(batch, config.max_tokens_per_pass, model.image_tokens))
+            batches = data.bounded_batches(batch, config.max_tokens_per_pass, model.image_tokens)
+            return train_step(model, optimizer, batches)
         embeddings, mask, labels = model.splice(**data.collate(batch))
         llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=labels).loss.backward()
         optimizer.step()

@@ -249,7 +249,8 @@ def held_out_loss(model, batches):
 
 def collate(samples, most_tokens, image_tokens):
     """(the batches that a pass is run in, one or more; what was broken in it)"""
-    return data.passes(samples, most_tokens, image_tokens), [problem for sample in samples for problem in sample["bad"]]
+    bad = [problem for sample in samples for problem in sample["bad"]]
+    return data.bounded_batches(samples, most_tokens, image_tokens), bad
 
 
 def hold(config, model, samples):
@@ -258,7 +259,7 @@ def hold(config, model, samples):
     for problem in gather([sample["bad"][0] for sample in mine if sample["bad"]]):
         say(f"held-out record left out: {problem}")
     mine = [sample for sample in mine if not sample["bad"]]
-    return data.passes(mine, config.max_tokens_per_pass, model.image_tokens) if mine else []
+    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens) if mine else []
 
 
 def as_record(question, label=""):
@@ -463,8 +464,8 @@ def run(config):
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
         loss, targets, batches, bad = 0.0, 0, [], []
         for _ in micro_batches(step):
-            parts, problems = next(loader)
-            batches += parts
+            of_pass, problems = next(loader)
+            batches += of_pass
             bad += problems
         for i, batch in enumerate(batches, 1):
             tokens += int(data.count_tokens(batch, model.image_tokens).sum())
