@@ -30,7 +30,6 @@ import os
 import sys
 import zipfile
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -1843,12 +1843,13 @@ def lab(argv):
         for method in methods:
             runs = [lab_run(world, method, seed, int(steps)) for seed in seeds]
             ends, ranks[method], starts = map(np.array, zip(*runs))
-            first = ends if method == methods[0] else first  # what the others are compared with
+            if method == methods[0]:
+                first = ends
             gap = 100 * (ends / first - 1)
             error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
             share = 100 * ((ends - first) / starts).mean()
-            print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
-                  f"{share:+.2f} % of the start's {starts.mean():.3f}", flush=True)  # fmt: skip
+            print(f"{world:9} {method:9} {ends.mean():.5f}  {gap.mean():+7.1f} % ± {error:.1f} {gap.round(1).tolist()}"
+                  f", {share:+.2f} % of the start's {starts.mean():.3f}", flush=True)  # fmt: skip
         print(f"mean ranks at the end: {'/'.join(methods)}")
         names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
         for layer in range(4):
