@@ -114,10 +114,6 @@ def make_samples(world, tokenizer, records=6):
     return data.ConversationDataset(records, world / "images", tokenizer, "v1", 48, 9, 256)
 
 
-def make_batch(samples, indices):
-    return data.collate([samples[i] for i in indices])
-
-
 def make_adapter(rank=4, **options):
     torch.manual_seed(0)
     adapter = hydra.HybridLoRALinear(torch.nn.Linear(24, 40, bias=False), rank, 0, **options).eval()
@@ -398,7 +394,7 @@ def test_dropout_keeps_its_input_and_a_mask_and_no_more():
 @torch.no_grad()
 def test_aligned_rows_span_the_inputs_principal_directions(world, tokenizer, dtype):
     model, samples = make_model(world, rank=2, nonzero=False), make_samples(world, tokenizer, 8)
-    batches, inputs = [make_batch(samples, [i]) for i in range(8)], []
+    batches, inputs = [data.collate([sample]) for sample in samples], []
     batches[0]["labels"].fill_(data.IGNORE)  # a record that was cut before its answer
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         hydra.align(model, batches)
@@ -456,17 +452,14 @@ def test_spectrum_is_what_the_update_gives_for_real_inputs():
 def test_rank_events_keep_the_invariants(world, tokenizer, group):
     """A short run of the method that needs no consent: ranks move, the budget and the function hold."""
     model = make_model(world, rank=3)
-    samples = make_samples(world, tokenizer, 12)
-    batch, probe = make_batch(samples, range(8)), make_batch(samples, range(8, 12))
+    samples = list(make_samples(world, tokenizer, 12))
+    batch, probe = data.collate(samples[:8]), data.collate(samples[8:])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = hydra.RankController(model, 3, total_steps=20, method="dynamic")
     hydra.adapters(model)["model.layers.1.self_attn.q_proj"].lora_B.data *= 30  # of great worth
     moved = 0
     for step in range(20):
-        loss, count = model.train()(**batch)
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(model.train(), optimizer, [batch])
         if step + 1 in controller.event_steps:
             entry = controller.event(step + 1, lambda: train.held_out_loss(model, [probe]), optimizer)
             moved += entry["choice"] == "move"
@@ -512,10 +505,10 @@ def test_optimizer_state_moves_with_the_components():
 def test_splice_puts_image_tokens_in_place(world, tokenizer):
     model = make_model(world)
     samples = make_samples(world, tokenizer, 3)
-    batch = make_batch(samples, range(3))
+    batch = data.collate(list(samples))
     logits = model.eval()(**{**batch, "labels": None})
     embed, image = model.llm.get_input_embeddings(), 0
-    for row, sample in enumerate(samples[i] for i in range(3)):  # one by one, by hand
+    for row, sample in enumerate(samples):  # one by one, by hand
         parts = []
         for token in sample["input_ids"]:
             if token == data.IMAGE_TOKEN:
@@ -528,7 +521,7 @@ def test_splice_puts_image_tokens_in_place(world, tokenizer):
     with pytest.raises(ValueError, match="placeholders"):
         model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"][:1])
     samples.context_length = 50  # a sample is cut after its image is expanded
-    embeddings, mask, labels = model.splice(**make_batch(samples, [1]))
+    embeddings, mask, labels = model.splice(**data.collate([samples[1]]))
     assert embeddings.shape[1] == mask.sum() == labels.shape[1] == 50
 
 
@@ -536,7 +529,7 @@ def test_splice_puts_image_tokens_in_place(world, tokenizer):
 def test_loss_and_gradient_equal_the_plain_ones(world, tokenizer, monkeypatch, method):
     """Against CLIP run whole, an attention mask, all logits, and a loss over all positions."""
     model = make_model(world, rank=0 if method == "full" else 2, method=method)
-    batch = make_batch(make_samples(world, tokenizer, 4), range(4))
+    batch = data.collate(list(make_samples(world, tokenizer, 4)))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss, count = model(**batch)
     gradient = torch.autograd.grad(loss, trained.values())
@@ -556,7 +549,7 @@ def test_loss_and_gradient_equal_the_plain_ones(world, tokenizer, monkeypatch, m
 @pytest.mark.parametrize("method", ["hydra", "full"])
 def test_bf16_gives_fp32_gradients_near_the_exact_ones(world, tokenizer, method):
     """As on a GPU: what is frozen in bf16, what trains in fp32, products in bf16."""
-    batch, gradients = make_batch(make_samples(world, tokenizer, 4), range(4)), []
+    batch, gradients = data.collate(list(make_samples(world, tokenizer, 4))), []
     for is_half in (False, True):
         model = make_model(world, rank=0 if method == "full" else 2, method=method)
         for parameter in model.parameters():
@@ -587,7 +580,7 @@ def test_generation_in_a_batch_equals_one_by_one(world, tokenizer, group):
 ])  # fmt: skip
 def test_only_the_intended_parameters_get_gradients(world, tokenizer, stage, method, parts):
     model = make_model(world, rank=2 if method == "hydra" else 0, stage=stage, method=method)
-    loss, _ = model.train()(**make_batch(make_samples(world, tokenizer), range(6)))
+    loss, _ = model.train()(**data.collate(list(make_samples(world, tokenizer))))
     loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
@@ -611,24 +604,20 @@ def flags(world, runs, stage=2, **changed):
     return [str(word) for name, value in options.items() for word in ([name] if value is True else [name, value])]
 
 
-def start(*words, processes=1, restarts=0, env=(), **options):
+def start(*words, call=subprocess.Popen, processes=1, restarts=0, env=(), **options):
     """A script of the project as a process, under torchrun for several. options: Popen's."""
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max_restarts={restarts}".split()
     words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **dict(env)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=env, **(pipes | options))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return call(words, env=env, **(pipes | options))
 
 
-def command(*words, code=0, text=None, **options):
+def command(*words, code=0, input="", **options):
     """Run a script of the project, with this text as its input; returns its output."""
-    process = start(*words, **options)
-    try:
-        output = process.communicate(text, timeout=240)[0]
-    finally:
-        process.kill()  # nothing, if it has ended
-    assert process.returncode == code, output
-    return output
+    done = start(*words, call=subprocess.run, input=input, timeout=240, **options)
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 @pytest.fixture
@@ -759,10 +748,7 @@ def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
         "a rank event": lambda before, now: now.count('"choice"') > before.count('"choice"'),
         "any time": lambda before, now: True,
     }
-
-    def log():
-        return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
-
+    log = lambda: (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
     for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
         moment, later, before = rng.choice(sorted(moments)), rng.uniform(0, 0.2), log()
         process = start(*words, stderr=subprocess.PIPE)
@@ -945,7 +931,7 @@ def test_chat_reads_to_the_end_and_prints_on_any_terminal(world, uneven, tmp_pat
     torch.save(state, tmp_path / "vlm" / "pytorch_model.bin")
     words = ["chat", tmp_path / "vlm", "--vision_tower", world / "clip", "--max_new_tokens", 4, "--image"]
     ascii, image = {"PYTHONIOENCODING": "ascii"}, world / "images" / "00000.png"
-    output = command(HERE / "hydra.py", *words, image, text="What is it?\nAnd now?\n", env=ascii)
+    output = command(HERE / "hydra.py", *words, image, input="What is it?\nAnd now?\n", env=ascii)
     assert output.isascii() and len(re.findall(r"(\\ufffd)+\n", output)) == 2
     output = command(HERE / "hydra.py", *words, "é.png", env=ascii, code=2)
     assert output.startswith("hydra.py: error: ") and "\\xe9.png: no such image" in output and output.count("\n") == 1
