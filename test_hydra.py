@@ -134,7 +134,8 @@ def write(path, content):
     """Content as JSON, a list as JSON lines for .jsonl, text as it is; returns the path."""
     if path.suffix == ".jsonl":
         content = "".join(json.dumps(row) + "\n" for row in content)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
     return path
 
 
@@ -255,6 +256,7 @@ def test_a_global_batch_is_shared_out_and_cut_into_passes():
     parts = data.bounded_batches(samples, 40, 9)
     assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
     assert len(data.bounded_batches(samples, 1000, 9)) == len(data.bounded_batches([], 40, 9)) == 1
+
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
@@ -604,13 +606,16 @@ def flags(world, runs, stage=2, **changed):
     return [str(word) for name, value in options.items() for word in ([name] if value is True else [name, value])]
 
 
-def start(*words, call=subprocess.Popen, processes=1, restarts=0, env=(), **options):
-    """A script of the project as a process, under torchrun for several. options: Popen's."""
+def start(*words, call=subprocess.Popen, processes=1, restarts=0, env=(), until=lambda: True, **options):
+    """A script of the project as a process, under torchrun for several, once until() holds or it has ended."""
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max_restarts={restarts}".split()
     words = [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **dict(env)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return call(words, env=env, **(pipes | options))
+    process = call(words, env=env, **(pipes | options))
+    while not until() and process.poll() is None:
+        time.sleep(0.001)
+    return process
 
 
 def command(*words, code=0, input="", **options):
@@ -751,9 +756,7 @@ def test_a_killed_run_resumes_to_the_same_result(stage1, undisturbed, number):
     log = lambda: (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
     for _ in range(int(os.environ.get("HYDRA_KILLS", 1))):
         moment, later, before = rng.choice(sorted(moments)), rng.uniform(0, 0.2), log()
-        process = start(*words, stderr=subprocess.PIPE)
-        while process.poll() is None and not moments[moment](before, log()):
-            time.sleep(0.0005)
+        process = start(*words, stderr=subprocess.PIPE, until=lambda: moments[moment](before, log()))
         time.sleep(later * (moment != "a save"))
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
@@ -770,9 +773,7 @@ def test_a_signal_to_one_of_two_processes(world, stage1, two, number, restarts):
     """SIGTERM stops both, saved, with exit code 0; SIGKILL ends both with a message, or torchrun starts both anew."""
     out = stage1 / f"two-{number}-{restarts}"
     words = [HERE / "train.py", *flags(world, stage1, out=out, per_device_train_batch_size=2, save_steps=1), "--resume"]
-    process = start(*words, processes=2, restarts=restarts)
-    while process.poll() is None and not hydra.list_checkpoints(out):
-        time.sleep(0.01)
+    process = start(*words, processes=2, restarts=restarts, until=lambda: hydra.list_checkpoints(out))
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), number)
     output = process.communicate(timeout=120)[0]
@@ -798,9 +799,8 @@ def test_a_signal_to_all_processes_of_a_run(world, stage1, tmp_path):
 def test_two_runs_in_one_folder(run, world, stage1, tmp_path):
     """The second is refused while the first is there, and not once it was killed."""
     log = tmp_path / "out" / "log.jsonl"
-    process = start(HERE / "train.py", *flags(world, stage1, out=log.parent))
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.01)
+    words = flags(world, stage1, out=log.parent)
+    process = start(HERE / "train.py", *words, until=lambda: log.exists() and log.read_text())
     process.send_signal(signal.SIGSTOP)  # for as long as the second takes
     refused("log.jsonl: another run is writing it", run, resume=True)
     process.kill()
@@ -1165,10 +1165,12 @@ def test_mme_adds_accuracy_and_both_right(tmp_path):
 ])  # fmt: skip
 def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instruction):
     table = ("index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tnan\tA\taGk=\n"
-             "1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\taGk=\n")  # fmt: skip
+             "1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\t" + bomb(20_000) + "\n")  # fmt: skip
     questions = data.read_benchmark(benchmark, write(tmp_path / "q.tsv", table))
     assert questions[0]["text"] == f"Look.\nWhich?\nA. cat\nB. dog\n{instruction}"
     assert questions[1]["image"].endswith(",aGk=") and questions[1]["text"].startswith("Which?\nA. dog")
+    said = refused("400000000 pixels", data.open_image, None, questions[2]["image"])
+    assert len(said) < 500 and "\n" not in said
     scores = data.score(benchmark, questions, answers_to(questions, "A. cat", "A", "D"))
     assert scores == {"accuracy": 2 / 3, "circular accuracy": 1 / 2}
     for text, message in [(table.replace("hint", "x"), "no column hint"), (table + "9\tWho?\n", "row 4 has more or")]:
@@ -1176,13 +1178,6 @@ def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instr
 
 
 QUESTIONS = [{"question_id": i, "image": "i", "text": "What?", "label": "x"} for i in range(4)]
-
-
-def test_a_bomb_in_a_table_is_refused(tmp_path):
-    table = f"index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\t\tcat\tdog\t\t\tA\t{bomb(20_000)}\n"
-    (question,) = data.read_benchmark("mmbench", write(tmp_path / "q.tsv", table))
-    said = refused("400000000 pixels", data.open_image, None, question["image"])
-    assert len(said) < 500 and "\n" not in said
 
 
 def test_answers_and_labels_must_match_the_questions(tmp_path):
@@ -1243,9 +1238,7 @@ def test_a_cut_answers_file(tmp_path):
     ([record(image="../00000.png")], "not the name of a file inside the image folder"),
 ])  # fmt: skip
 def test_bad_records(world, tmp_path, content, message):
-    content = content if isinstance(content, str) else json.dumps(content)
-    (tmp_path / "records.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    refused(message, data.read_records, tmp_path / "records.json", world / "images")
+    refused(message, data.read_records, write(tmp_path / "records.json", content), world / "images")
 
 
 def test_records_as_users_write_them(tmp_path):
@@ -1381,6 +1374,7 @@ def test_show_marks_what_is_masked_on_any_terminal(world, tmp_path):
     words = ["show", "--data", records, "--images", world / "images", "--tokenizer", world / "llm"]
     output = command(HERE / "data.py", *words, env={"PYTHONIOENCODING": "ascii"})
     assert "[<image>]" in output and r"Caf\xe9? ASSISTANT:] \u6771\u4eac</s>[" in output
+
 
 def test_bad_models(world, uneven, tokenizer, tmp_path):
     llm, state = world / "llm", load_file(world / "llm" / "model.safetensors")
