@@ -328,10 +328,10 @@ def collate(samples):
     }
 
 
-def bounded_batches(samples, most_tokens, image_tokens):
+def bounded_batches(samples, most_tokens, image_tokens, padding=True):
     """The batches that samples are run in: as few as hold at most so many tokens each, rows × longest row.
 
-    A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.
+    A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding; or none is.
     """
 
     def tokens(sample):
@@ -339,7 +339,8 @@ def bounded_batches(samples, most_tokens, image_tokens):
 
     parts = [[]]
     for sample in sorted(samples, key=tokens):
-        if parts[-1] and (len(parts[-1]) + 1) * tokens(sample) > most_tokens:
+        fits = (len(parts[-1]) + 1) * tokens(sample) <= most_tokens
+        if parts[-1] and not (fits and (padding or tokens(sample) == tokens(parts[-1][0]))):
             parts.append([])
         parts[-1].append(sample)
     return [collate(part) for part in parts]

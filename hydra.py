@@ -471,11 +471,14 @@ def look(modules, measure):
     for hook in hooks:
         hook.remove()
     spectra = []
-    for module, total in sums.items() if math.isfinite(loss) else ():
+    if not math.isfinite(loss):
+        return loss, spectra
+    for module, total in sums.items():
         if dist.is_initialized():
             dist.all_reduce(total)
+        gram = total[:-1, :-1]  # n · Σ
         B = module.scale * module.lora_B.double().cpu()
-        squares = torch.linalg.eigvals(total[:-1, :-1] @ B.T @ B).real / total[-1, -1]
+        squares = torch.linalg.eigvals(gram @ B.T @ B).real / total[-1, -1]  # as of Σ^½ Bᵀ B Σ^½
         spectra.append((squares.clamp(min=0).sqrt().sort(descending=True).values + 1e-12).numpy())
     if dist.is_initialized():
         dist.broadcast_object_list(spectra)
@@ -490,11 +493,12 @@ def coarse_and_fine(log_worth):
     """
     layers, width = log_worth.shape
     layer = log_worth.mean(1, keepdims=True)
-    deviations = layer - layer.mean(), log_worth - layer
-    spread = float(deviations[0].std(ddof=min(1, layers - 1))), float(deviations[1].std(ddof=layers))
+    coarse = layer - layer.mean()
+    fine = log_worth - layer
+    spread = float(coarse.std(ddof=min(1, layers - 1))), float(fine.std(ddof=layers))  # each mean costs a freedom
     noise = NOISE / math.sqrt(width), NOISE
-    kept = [max(0.0, 1 - (equal / max(there, 1e-9)) ** 2) for equal, there in zip(noise, spread)]
-    return kept[0] * deviations[0], kept[1] * deviations[1], spread
+    kept = [max(0.0, 1 - (by_chance / max(seen, 1e-9)) ** 2) for by_chance, seen in zip(noise, spread)]
+    return kept[0] * coarse, kept[1] * fine, spread
 
 
 def fill(worth, costs, budget):
@@ -554,28 +558,27 @@ class RankController:
         coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS)).tolist()
         for module, rank, layer in zip(self.modules, ranks.flatten().tolist(), coarse):
             if rank != module.rank:
-                module.resize(layer, rank - layer, optimizer)
+                module.resize(rank, 0, optimizer)
+            module.coarse_rank = layer
+            module.fine_rank = rank - layer
         parameters = int(self.costs @ ranks.flatten())
         entry |= {"ranks": ranks.tolist(), "parameters": parameters, "budget": self.budget}
         return entry
 
     def decide(self, before, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
-        # what the last move brought: the loss without as many of the weakest components as it added
-        last = self.history[-2]
-        if "added" in last:
-            entry["judged"] = [last["promised"], self.rise_without(last["added"], measure)]
-        promised, brought = np.sum([e["judged"] for e in self.history if "judged" in e] or [[1, 1]], axis=0)
-        trust = float(np.clip(brought / max(promised, 1e-12), 0, 4))
+        trust = self.trust(measure, entry)
+        ends = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # worth of each adapter's last component
+        factor = self.believed(np.log(ends / self.costs), entry)[:, None]
 
-        # the plan: components by worth, up to twice a rank; past a spectrum's end by the law, as far as it is trusted
+        # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         most = np.minimum(2 * before, [module.max_rank for module in self.modules])
         k = np.arange(1, most.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
-        ends = np.array([spectrum[-1] ** 2 for spectrum in spectra])
         squares = np.outer(ends * before * (before + 1), 1 / (k * (k + 1)))
         squares[there] = np.concatenate(spectra) ** 2
-        worth = squares * self.need(np.log(ends / self.costs), entry)[:, None] * np.where(there, 1, trust)
+        # one to come is worth at most what the last one is
+        worth = factor * np.where(there, squares, np.minimum(trust * squares, ends[:, None]))
         ranks = fill(worth * (k <= most[:, None]), self.costs, self.budget)
         if (ranks == before).all():
             return before
@@ -586,45 +589,58 @@ class RankController:
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        weakest = (k == before[:, None]) & (before < ranks)[:, None]  # of each that is to grow: for the price
+        nearest = (k == before[:, None]) & (before < ranks)[:, None]  # to those added: a second masking, for the price
         entry["maskings"] = [
-            [float(squares[part].sum()), int(part.sum()), self.rise_without(part.sum(1).tolist(), measure)]
-            for part in (dropped, weakest)
-        ]
-        price, error = self.fit(0)
-        _, blind = self.fit(1)
-        promised = price * float(worth[added].sum())
-        gain = promised - max(entry["maskings"][0][2], 0.0)  # that masking helps is chance
+            {"worth": float(squares[part].sum()), "components": int(part.sum()),
+             "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, nearest)
+        ]  # fmt: skip
+        price, error = self.fit("worth")
+        _, blind = self.fit("components")
+        # that masking helps is chance
+        gain = price * float(worth[added].sum()) - max(entry["maskings"][0]["rise"], 0.0)
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}
         loss = entry["probe_loss"]
-        fall = last.get("probe_loss", math.nan) - loss
-        if self.method == "hydra" and not (error < blind and LEAST * fall < gain < loss):
+        fall = self.history[-2].get("probe_loss", math.nan) - loss
+        # training by itself is taken to bring as much again as since the last look: more than the rest cannot be had
+        if self.method == "hydra" and not (error < blind and LEAST * fall < gain < loss - fall):
             entry["choice"] = "abstain"
             return before
-        entry |= {"added": added.sum(1).tolist(), "promised": promised / trust}
+        entry |= {"added": added.sum(1).tolist(), "promised": price * float((factor * squares)[added].sum())}
         return ranks
 
-    def need(self, log_worth, entry):
-        """Factors [L · 7] on worths: of deviations of log worths per parameter, what is no noise and lasts is kept."""
-        coarse, fine, entry["spread"] = coarse_and_fine(log_worth.reshape(-1, len(PROJECTIONS)))
+    def trust(self, measure, entry):
+        """What moves brought as a share of what they promised: the rise without as many components as they added."""
+        last = self.history[-2]
+        if "added" in last:
+            entry["judged"] = [last["promised"], self.rise_without(last["added"], measure)]
+        judged = [event["judged"] for event in self.history if "judged" in event]
+        promised, brought = np.sum(judged or [[1, 1]], axis=0)
+        return float(np.clip(brought / max(promised, 1e-12), 0, 4))
+
+    def believed(self, log_ends, entry):
+        """Factors [L · 7] that bring last components' worth per parameter to their mean plus deviations to believe.
+
+        Of two looks' deviations of one sign the smaller counts, else none: so nothing moves at the first look.
+        """
+        coarse, fine, entry["spread"] = coarse_and_fine(log_ends.reshape(-1, len(PROJECTIONS)))
         if self.method == "coarse":
             fine = 0 * fine
         if self.method == "random":
             coarse = 0 * coarse
             fine = np.random.default_rng(self.seed).normal(size=fine.shape)
         entry |= {"coarse": coarse.tolist(), "fine": fine.tolist()}
-        needed = log_worth.mean()
-        for part in ("coarse", "fine"):
-            now = np.array(entry[part])
-            then = np.array(self.history[-2].get(part, 0))
-            # what has passed since the last look moves no rank: of two of one sign the smaller counts, else none
-            needed = needed + now.clip(np.minimum(then, 0), np.maximum(then, 0))
-        return np.exp(needed.flatten() - log_worth)
+        deviations = 0
+        for level in ("coarse", "fine"):
+            now = np.array(entry[level])
+            then = np.array(self.history[-2].get(level, 0))
+            deviations = deviations + now.clip(np.minimum(then, 0), np.maximum(then, 0))
+        return np.exp(log_ends.mean() + deviations.flatten() - log_ends)
 
     def fit(self, column):
-        """(loss per worth (column 0) or component (1), error at maskings left out, as a standard log ratio)."""
-        maskings = [masking for entry in self.history for masking in entry.get("maskings", ()) if masking[1]]
-        x, y = np.array(maskings)[:, [column, 2]].T
+        """(loss per "worth" or per one of "components", its error at maskings left out, as a standard log ratio)."""
+        maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
+        x = np.array([masking[column] for masking in maskings])
+        y = np.array([masking["rise"] for masking in maskings])
         log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
         left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
         return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))

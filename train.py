@@ -259,7 +259,8 @@ def hold(config, model, samples):
     for problem in gather([sample["bad"][0] for sample in mine if sample["bad"]]):
         say(f"held-out record left out: {problem}")
     mine = [sample for sample in mine if not sample["bad"]]
-    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens) if mine else []
+    # no padding: the rank method's spectra count every place
+    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens, padding=False) if mine else []
 
 
 def as_record(question, label=""):
@@ -333,11 +334,13 @@ def read_data(config):
         raise Mistake(f"--data: {len(records)} records are too few to hold some out; give at least 40")
     every = len(records) // count
     where = slice(every - 1, every * count, every)
-    held = records[where]
+    validation = records[where]
     del records[where]
-    first = min(most, count // 3 + 1)
+    where = slice(None, None, max(3, count // most))
+    probe = validation[where]
+    del validation[where]
     questions = data.read_questions(config.questions, config.images) if config.questions and config.stage == 2 else []
-    return records, held[:first], held[first:], questions
+    return records, probe, validation, questions
 
 
 def build_model(config, device):
