@@ -461,17 +461,15 @@ def test_rank_events_keep_the_invariants(world, tokenizer, group):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = hydra.RankController(model, 3, total_steps=20, method="dynamic")
     hydra.adapters(model)["model.layers.1.self_attn.q_proj"].lora_B.data *= 30  # of great worth
-    moved = 0
     for step in range(1, 21):
         train_step(model.train(), optimizer, [batch])
         if step in controller.event_steps:
             entry = controller.event(step, lambda: train.held_out_loss(model, [probe]), optimizer)
-            moved += entry["choice"] == "move"
             parameters = sum(a.lora_A.numel() + a.lora_B.numel() for a in hydra.adapters(model).values())
             assert entry["parameters"] == parameters <= controller.budget
             assert len({(name[:14], a.coarse_rank) for name, a in hydra.adapters(model).items()}) == 2  # one a layer
         assert {adapter.scale for adapter in hydra.adapters(model).values()} == {2.0}
-    assert moved and len(controller.history) == 6
+    assert "move" in [entry["choice"] for entry in controller.history[1:]] and len(controller.history) == 6
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
 
