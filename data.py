@@ -102,31 +102,6 @@ def whole(path):
 # record -> ids and labels
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
-    folder = Path(folder)
-    if (folder / "tokenizer.model").is_file():
-        with reading(folder / "tokenizer.model"):  # from_pretrained would merge runs of spaces in another order
-            vocabulary, _, merges = SentencePieceExtractor(str(folder / "tokenizer.model")).extract()
-            return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, pad_token="<unk>")
-    with reading(folder / "tokenizer.json"):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json", folder / "config.json"):
-        config = read_json(path) if path.is_file() else {}
-        with reading(path):
-            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):  # the first file to name one counts
-                token = config.get(key)
-                if token is None and isinstance(config.get(f"{key}_id"), int):
-                    token = tokenizer.convert_ids_to_tokens(config[f"{key}_id"])
-                token = token["content"] if isinstance(token, dict) else token
-                if getattr(tokenizer, key) is None and token in tokenizer.get_vocab():
-                    setattr(tokenizer, key, token)  # no new one: that would resize the embeddings
-    if None in (tokenizer.bos_token, tokenizer.eos_token):
-        raise Mistake(f"{folder}: its tokenizer names no bos_token or no eos_token; add it to tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands
-    return tokenizer
-
-
 def encode_conversation(conversations, tokenizer, template):
     """Token ids and labels of one conversation, as MobileVLM builds them: two lists of equal length T.
 
@@ -387,9 +362,34 @@ def micro_batches(batch, per_device, world_size):
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Checks of records, benchmarks and their scores, the toy world, commands.
+# From here on: skip on a first reading. Tokenizer, checks, benchmarks and their scores, toy world, commands.
 # ------------------------------------------------------------------------------------------
-# checks of records
+# the tokenizer, checks of records
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
+    folder = Path(folder)
+    if (folder / "tokenizer.model").is_file():
+        with reading(folder / "tokenizer.model"):  # from_pretrained would merge runs of spaces in another order
+            vocabulary, _, merges = SentencePieceExtractor(str(folder / "tokenizer.model")).extract()
+            return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, pad_token="<unk>")
+    with reading(folder / "tokenizer.json"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json", folder / "config.json"):
+        config = read_json(path) if path.is_file() else {}
+        with reading(path):
+            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):  # the first file to name one counts
+                token = config.get(key)
+                if token is None and isinstance(config.get(f"{key}_id"), int):
+                    token = tokenizer.convert_ids_to_tokens(config[f"{key}_id"])
+                token = token["content"] if isinstance(token, dict) else token
+                if getattr(tokenizer, key) is None and token in tokenizer.get_vocab():
+                    setattr(tokenizer, key, token)  # no new one: that would resize the embeddings
+    if None in (tokenizer.bos_token, tokenizer.eos_token):
+        raise Mistake(f"{folder}: its tokenizer names no bos_token or no eos_token; add it to tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands
+    return tokenizer
 
 
 HALF = "[\ud800-\udfff]"  # of a surrogate pair; bytes that were no UTF-8 are read as one, too

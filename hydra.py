@@ -375,7 +375,8 @@ class HydraVLM(nn.Module):
         images = 0 if pixel_values is None else len(pixel_values)
         if is_image.sum() != images:
             raise ValueError(f"{int(is_image.sum())} image placeholders for {images} images")
-        places = torch.where(is_image, self.image_tokens, 1)  # that each id takes [B, T]
+        # places that each id takes [B, T]: of BOS, <image>, "What" with 144 tokens an image 1, 144, 1; of padding 0
+        places = torch.where(is_image, self.image_tokens, 1)
         places = places if attention_mask is None else places * attention_mask
         lengths = places.sum(1, keepdim=True)
         position = torch.arange(int(lengths.max()))[None]
@@ -453,32 +454,31 @@ LEAST = 0.1  # what a move has to promise, as a share of what training brought b
 def look(modules, measure):
     """(loss, spectra) from one run over the probe records, which measure() is; the same on all processes.
 
-    Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs,
-    scale · B · Σ^½ with Σ = E[A x xᵀ Aᵀ], as a share of what its base gives, √E‖W x‖².
+    Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs x, each as a
+    share of what its base gives: of scale · B · Σ^½ with Σ = sum of A x xᵀ Aᵀ / ‖W x‖² over the tokens.
     """
-    # sums of h hᵀ, h being A x and, as the last element, ‖W x‖; zeros where a process has no probe records
-    sums = {module: torch.zeros(module.rank + 1, module.rank + 1, dtype=torch.float64) for module in modules}
+    # Σ of each adapter; zero where a process has no probe records
+    sums = {module: torch.zeros(module.rank, module.rank, dtype=torch.float64) for module in modules}
 
     def watch(module, args, y):
         with torch.autocast(y.device.type, enabled=False):
             h = args[0].flatten(0, -2).float() @ module.lora_A.T  # [n, r]
             base = y.flatten(0, -2).float() - module.scale * h @ module.lora_B.T
-            h = torch.cat([h, base.norm(dim=1, keepdim=True)], 1)
+            h = h / base.norm(dim=1, keepdim=True).clamp(min=1e-9)
             sums[module].add_((h.T @ h).double().cpu())
 
     hooks = [module.register_forward_hook(watch) for module in modules]
     loss = measure()
     for hook in hooks:
         hook.remove()
-    spectra = []
     if not math.isfinite(loss):
-        return loss, spectra
+        return loss, []
+    spectra = []
     for module, total in sums.items():
         if dist.is_initialized():
             dist.all_reduce(total)
-        gram = total[:-1, :-1]  # n · Σ
         B = module.scale * module.lora_B.double().cpu()
-        squares = torch.linalg.eigvals(gram @ B.T @ B).real / total[-1, -1]  # as of Σ^½ Bᵀ B Σ^½
+        squares = torch.linalg.eigvals(total @ B.T @ B).real  # as of Σ^½ Bᵀ B Σ^½
         spectra.append((squares.clamp(min=0).sqrt().sort(descending=True).values + 1e-12).numpy())
     if dist.is_initialized():
         dist.broadcast_object_list(spectra)
@@ -517,13 +517,15 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    Component k of an adapter stands for its k-th singular value and is worth its square; a spectrum is taken to go on
-    past its end as 1 / k(k + 1). The performance model turns worth into loss: its price, loss per worth, is fitted to
-    what the probe loss rises by while components are masked; its trust is what added components brought of what they
-    promised. It has to consent to a move. All that is remembered is the history, whose entries are logged, too.
+    Component k of an adapter stands for its k-th singular value σ_k and is worth σ_k²; a spectrum is taken to go on
+    past its end as 1 / k(k + 1). Of two adapters of one cost and rank 2, say, with σ² of (9, 4) and (1, 0.2), a third
+    component of the first promises 4 · (2 · 3) / (3 · 4) = 2, more than the second's last gives, 0.2: ranks 3 and 1.
 
-    method "hydra"; to compare "dynamic" (without consent), "coarse+fine" and "coarse" (once, without consent; of the
-    latter the layers' part alone), "random" (once).
+    That is the plan; the performance model turns worth into loss. Its price, loss per worth, is fitted to what the
+    probe loss rises by while components are masked; its trust is what added components brought of what they promised.
+    It has to consent to a move. All that is remembered is the history, whose entries are logged, too.
+
+    method "hydra"; to compare "dynamic" (without consent) and those of `weaken` (once, without consent).
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -553,14 +555,13 @@ class RankController:
         loss, spectra = look(self.modules, measure)
         entry = {"step": step, "choice": "stay", "probe_loss": loss, "ranks_before": before.tolist()}
         self.history.append(entry)
-        if math.isfinite(loss):
+        if spectra:
             ranks = self.decide(before.flatten(), spectra, measure, entry).reshape(before.shape)
-        coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS)).tolist()
-        for module, rank, layer in zip(self.modules, ranks.flatten().tolist(), coarse):
-            if rank != module.rank:
-                module.resize(rank, 0, optimizer)
-            module.coarse_rank = layer
-            module.fine_rank = rank - layer
+        if entry["choice"] == "move":
+            coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS))
+            fine = ranks.flatten() - coarse
+            for module, *parts in zip(self.modules, coarse.tolist(), fine.tolist()):
+                module.resize(*parts, optimizer)
         parameters = int(self.costs @ ranks.flatten())
         entry |= {"ranks": ranks.tolist(), "parameters": parameters, "budget": self.budget}
         return entry
@@ -568,23 +569,20 @@ class RankController:
     def decide(self, before, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
         trust = self.trust(measure, entry)
-        ends = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # worth of each adapter's last component
-        factor = self.believed(np.log(ends / self.costs), entry)[:, None]
+        last = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # worth of each adapter's last component
+        factor = self.believed(np.log(last / self.costs), entry)[:, None]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
-        most = np.minimum(2 * before, [module.max_rank for module in self.modules])
-        k = np.arange(1, most.max() + 1)
+        limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
+        k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
-        squares = np.outer(ends * before * (before + 1), 1 / (k * (k + 1)))
+        squares = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
         squares[there] = np.concatenate(spectra) ** 2
         # one to come is worth at most what the last one is
-        worth = factor * np.where(there, squares, np.minimum(trust * squares, ends[:, None]))
-        ranks = fill(worth * (k <= most[:, None]), self.costs, self.budget)
+        worth = factor * np.where(there, squares, np.minimum(trust * squares, last[:, None]))
+        ranks = fill(worth * (k <= limit[:, None]), self.costs, self.budget)
         if (ranks == before).all():
             return before
-        entry["choice"] = "move"
-        if self.method not in ("hydra", "dynamic"):
-            return ranks
 
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
@@ -598,7 +596,7 @@ class RankController:
         _, blind = self.fit("components")
         # that masking helps is chance
         gain = price * float(worth[added].sum()) - max(entry["maskings"][0]["rise"], 0.0)
-        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind}
+        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "move"}
         loss = entry["probe_loss"]
         fall = self.history[-2].get("probe_loss", math.nan) - loss
         # training by itself is taken to bring as much again as since the last look: more than the rest cannot be had
@@ -617,24 +615,20 @@ class RankController:
         promised, brought = np.sum(judged or [[1, 1]], axis=0)
         return float(np.clip(brought / max(promised, 1e-12), 0, 4))
 
-    def believed(self, log_ends, entry):
+    def believed(self, log_last, entry):
         """Factors [L · 7] that bring last components' worth per parameter to their mean plus deviations to believe.
 
-        Of two looks' deviations of one sign the smaller counts, else none: so nothing moves at the first look.
+        A deviation counts if the look before gave one of the same sign: so nothing moves at the first look.
         """
-        coarse, fine, entry["spread"] = coarse_and_fine(log_ends.reshape(-1, len(PROJECTIONS)))
-        if self.method == "coarse":
-            fine = 0 * fine
-        if self.method == "random":
-            coarse = 0 * coarse
-            fine = np.random.default_rng(self.seed).normal(size=fine.shape)
+        coarse, fine, entry["spread"] = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
+        coarse, fine = weaken(self.method, coarse, fine, self.seed)
         entry |= {"coarse": coarse.tolist(), "fine": fine.tolist()}
         deviations = 0
         for level in ("coarse", "fine"):
             now = np.array(entry[level])
             then = np.array(self.history[-2].get(level, 0))
-            deviations = deviations + now.clip(np.minimum(then, 0), np.maximum(then, 0))
-        return np.exp(log_ends.mean() + deviations.flatten() - log_ends)
+            deviations = deviations + now * (now * then > 0)
+        return np.exp(log_last.mean() + deviations.flatten() - log_last)
 
     def fit(self, column):
         """(loss per "worth" or per one of "components", its error at maskings left out, as a standard log ratio)."""
@@ -647,7 +641,7 @@ class RankController:
 
     @torch.no_grad()
     def rise_without(self, counts, measure):
-        """What the probe loss rises by while so many of each adapter's weakest components are masked."""
+        """What the probe loss rises by while so many of each adapter's components are masked, those to drop first."""
         masked = [(module, n, module.lora_B.clone()) for module, n in zip(self.modules, counts) if n]
         for module, n, _ in masked:
             module.lora_B[:, module.by_strength()[-n:]] = 0
@@ -678,6 +672,13 @@ class DropoutLinear(torch.autograd.Function):
         grad_A = grad.flatten(0, -2).T @ (x * mask).to(grad.dtype).flatten(0, -2)
         grad_x = (grad @ A.to(grad.dtype)).mul_(mask).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
         return grad_x, grad_A * ctx.scale, None
+
+
+def weaken(method, coarse, fine, seed):
+    """The deviations that a method to compare with goes by: "coarse" (the layers' part alone), "random" (drawn)."""
+    if method == "random":
+        return 0 * coarse, np.random.default_rng(seed).normal(size=fine.shape)
+    return coarse, 0 * fine if method == "coarse" else fine
 
 
 # ------------------------------------------------------------------------------------------

@@ -115,36 +115,6 @@ FREE = ("model", "vision_tower", "projector", "data", "images", "questions", "ou
         "log_steps", "eval_steps", "save_steps", "keep", "max_bad")  # fmt: skip
 
 
-def complete(config, world_size):
-    """Fill what was left open from the recipe, and check that the three batch sizes agree."""
-    size = config.model if config.model in SOURCES else "1.7b"  # what a folder or hub id takes
-    recipe = dict(RECIPES["tiny" if size == "tiny" else config.stage])
-    is_full = config.stage == 2 and config.method == "full"
-    recipe["learning_rate"] = LEARNING_RATES[size][2 if is_full else config.stage - 1]
-    recipe["out"] = f"runs/{Path(config.model).name}/stage{config.stage}" + f"-{config.method}" * (config.stage == 2)
-    recipe["num_workers"] = 4 * torch.cuda.is_available()
-    if size == "tiny":
-        recipe["vision_tower"] = str(TOY / "clip")
-        if config.data is None:
-            recipe |= dict(images=str(TOY / "images"), questions=str(TOY / "questions.jsonl"))
-            recipe["data"] = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json"))
-
-    # of the three batch sizes any two give the third
-    each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    batch = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
-    own, most = batch // world_size, recipe["per_device_train_batch_size"]
-    each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
-    passes = passes or own // each
-    if each * passes * world_size != batch:
-        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
-        raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
-    recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
-    for key, value in recipe.items():
-        if getattr(config, key) is None:
-            setattr(config, key, value)
-
-
 # ------------------------------------------------------------------------------------------
 # processes: one per GPU under torchrun; a plain `python train.py` is a group of one
 
@@ -505,7 +475,8 @@ def run(config):
             entry = controller.event(done, partial(held_out_loss, model, probe), optimizer)
             if len(set(gather([json.dumps(controller.state_dict())]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
-            ddp = wrap()  # DDP holds the parameters that it was given
+            del ddp  # it holds the parameters that it was given, and buffers for their gradients
+            ddp = wrap()
             seconds_of_events += time.time() - since
             say(describe_event(entry))
             log(**entry)
@@ -560,6 +531,36 @@ def parse_arguments(words=None):
     if config.lora_dropout and config.lora_dropout >= 1:
         raise Mistake(f"--lora_dropout {config.lora_dropout}: give a share below 1")
     return config
+
+
+def complete(config, world_size):
+    """Fill what was left open from the recipe, and check that the three batch sizes agree."""
+    size = config.model if config.model in SOURCES else "1.7b"  # what a folder or hub id takes
+    recipe = dict(RECIPES["tiny" if size == "tiny" else config.stage])
+    is_full = config.stage == 2 and config.method == "full"
+    recipe["learning_rate"] = LEARNING_RATES[size][2 if is_full else config.stage - 1]
+    recipe["out"] = f"runs/{Path(config.model).name}/stage{config.stage}" + f"-{config.method}" * (config.stage == 2)
+    recipe["num_workers"] = 4 * torch.cuda.is_available()
+    if size == "tiny":
+        recipe["vision_tower"] = str(TOY / "clip")
+        if config.data is None:
+            recipe |= dict(images=str(TOY / "images"), questions=str(TOY / "questions.jsonl"))
+            recipe["data"] = str(TOY / ("caption.json" if config.stage == 1 else "instruct.json"))
+
+    # of the three batch sizes any two give the third
+    each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    batch = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
+    own, most = batch // world_size, recipe["per_device_train_batch_size"]
+    each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
+    passes = passes or own // each
+    if each * passes * world_size != batch:
+        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
+        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
+        raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
+    recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
+    for key, value in recipe.items():
+        if getattr(config, key) is None:
+            setattr(config, key, value)
 
 
 def set_up_processes():
