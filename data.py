@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, normalizers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
@@ -78,8 +78,8 @@ def reading(source):
 def whole(path):
     """A new file or folder: what is written to the name given appears as `path` at the end, on the disk, or not."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".unfinished")
-    old = path.with_name(path.name + ".old")
+    temporary = path.with_name(f".{path.name}.unfinished")  # hidden: no names that a user gives to what is theirs
+    old = path.with_name(f".{path.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,11 +371,23 @@ def load_tokenizer(folder):
     """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
     folder = Path(folder)
     if (folder / "tokenizer.model").is_file():
-        with reading(folder / "tokenizer.model"):  # from_pretrained would merge runs of spaces in another order
-            vocabulary, _, merges = SentencePieceExtractor(str(folder / "tokenizer.model")).extract()
-            return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, pad_token="<unk>")
+        file = folder / "tokenizer.model"
+        with reading(file):  # from_pretrained would merge runs of spaces in another order
+            source = SentencePieceExtractor(str(file))
+            vocabulary, _, merges = source.extract()
+            sp = source.sp
+            unk, bos, eos = map(sp.id_to_piece, (sp.unk_id(), sp.bos_id(), sp.eos_id()))
+            special = dict(unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
+            tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=True, **special)
+        if tokenizer(" " + SYSTEM, add_special_tokens=False).input_ids != sp.encode(SYSTEM):
+            raise Mistake(f"{file}: of another kind than LLaMA's (BPE, a space before every text) is not supported")
+        return tokenizer
     with reading(folder / "tokenizer.json"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        backend = tokenizer.backend_tokenizer
+        if isinstance(backend.normalizer, normalizers.Sequence):  # encode_conversation writes the space itself
+            kept = [step for step in backend.normalizer if not isinstance(step, normalizers.Prepend)]
+            backend.normalizer = normalizers.Sequence(kept)
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json", folder / "config.json"):
         config = read_json(path) if path.is_file() else {}
         with reading(path):
@@ -573,7 +585,10 @@ BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 def read_rows(path, fields):
     """JSON lines of objects with these fields: texts, but for a question_id, which may be a number."""
-    rows = read_json(path, lines=True)
+    return check_rows(read_json(path, lines=True), path, fields)
+
+
+def check_rows(rows, path, fields):
     for number, row in enumerate(rows, 1):
         for field in fields:
             value = row.get(field) if isinstance(row, dict) else None
@@ -606,6 +621,7 @@ def read_benchmark(name, path, annotations=None):
     refuse(bad, f"questions have no valid label in {annotations or path}")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
     refuse(odd, "questions have no text, or a category that is not text")
+    refuse([q for q in questions if "<image>" in q["text"] and not q["image"]], "questions hold <image> but name none")
     ids = Counter(str(q["question_id"]) for q in questions if name not in ("textvqa", "mme"))
     refuse([q for q in questions if ids[str(q["question_id"])] > 1], "questions share their question_id")
     return questions
@@ -686,9 +702,12 @@ def find_labels(name, questions, path):
     return [labels[q["category"]].get(key(q)) for q in questions]
 
 
+ANSWER = ("question_id", "prompt", "text")
+
+
 def read_answers(path):
     """Answers in LLaVA's format."""
-    return read_rows(path, ("question_id", "prompt", "text"))
+    return read_rows(path, ANSWER)
 
 
 def join_answers(name, questions, answers):
@@ -1084,7 +1103,12 @@ def check(data, images, workers):
 def print_score(benchmark, answers, questions, annotations):
     """Score an answers file in LLaVA's format, from any tool."""
     questions = read_benchmark(benchmark, questions, annotations)
-    print(score_table(benchmark, score(benchmark, questions, read_answers(answers))))
+    rows = read_answers(answers)
+    scores = score(benchmark, questions, rows)
+    other = sum(words(q["text"]) != words(a["prompt"]) for q, a in join_answers(benchmark, questions, rows))
+    if other:
+        print(f"{other} of {len(rows)} answers are to another prompt than the question of their question_id")
+    print(score_table(benchmark, scores))
 
 
 def main():

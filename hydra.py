@@ -182,7 +182,7 @@ class HybridLoRALinear(nn.Module):
         r = coarse rank (of the layer) + fine rank (of this projection beyond it, may be negative), at least 1
 
     A component is one row of A with its column of B; ranks move by adding and dropping components. Only the sum of the
-    two ranks matters here; that they are kept apart shows in log, checkpoint and picture what moved them.
+    two ranks matters here: coarse is the layer's mean rank, rounded, fine what this projection has beyond it.
     B starts at zero, so that the function starts as the base's. The scale belongs to the adapter
     and stays when the rank moves: AdaLoRA's author found that rescaling by the new rank hurts.
     """
@@ -446,7 +446,7 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-NOISE = 0.6  # standard deviation of log worths where all modules need the same: measured where that is known
+NOISE = 0.6  # standard deviation of log worths between modules that need the same: measured in a laboratory
 LEAST = 0.1  # what a move has to promise, as a share of what training brought by itself since the last look
 
 
@@ -486,10 +486,10 @@ def look(modules, measure):
 
 
 def coarse_and_fine(log_worth):
-    """What of log worths [L, 7] equal needs do not explain: (coarse [L, 1], fine [L, 7], spread of each).
+    """Log worths [L, 7] as deviations of layers from the mean and of projections from their layer, less the noise.
 
-    Coarse is a layer's deviation from the mean, fine a projection's from its layer. Each is kept by the share of its
-    variance that noise does not give, too (empirical Bayes on two levels): where needs are equal nothing is left.
+    Returns (coarse [L, 1], fine [L, 7], (spread of each before)). A level keeps the share of its variance that noise
+    does not explain (empirical Bayes): where needs are equal nothing is left.
     """
     layers, width = log_worth.shape
     layer = log_worth.mean(1, keepdims=True)
@@ -517,13 +517,15 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    Component k of an adapter stands for its k-th singular value σ_k and is worth σ_k²; a spectrum is taken to go on
-    past its end as 1 / k(k + 1). Of two adapters of one cost and rank 2, say, with σ² of (9, 4) and (1, 0.2), a third
-    component of the first promises 4 · (2 · 3) / (3 · 4) = 2, more than the second's last gives, 0.2: ranks 3 and 1.
+    The k-th component of an adapter of rank r is worth σ_k², and one to come σ_r² · r(r + 1) / k(k + 1). What an
+    adapter needs is read from its last component: all its worths are rescaled so that the last one's, per parameter,
+    is the mean over adapters times exp(the deviation that is believed). The budget then goes to the largest worths. So
+    believed deviations alone move ranks: with one of log 4, the third component of an adapter of rank 2 is worth
+    4 · (2 · 3) / (3 · 4) = 2 last components of the others, and two of them would make way for it and the fourth.
 
-    That is the plan; the performance model turns worth into loss. Its price, loss per worth, is fitted to what the
+    A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
     probe loss rises by while components are masked; its trust is what added components brought of what they promised.
-    It has to consent to a move. All that is remembered is the history, whose entries are logged, too.
+    All that is remembered is the history, whose entries are logged, too.
 
     method "hydra"; to compare "dynamic" (without consent) and those of `weaken` (once, without consent).
     """
@@ -569,17 +571,17 @@ class RankController:
     def decide(self, before, spectra, measure, entry):
         """Ranks [L · 7]; what they rest on goes into the entry."""
         trust = self.trust(measure, entry)
-        last = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # worth of each adapter's last component
-        factor = self.believed(np.log(last / self.costs), entry)[:, None]
+        last = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # raw worth of each adapter's last component
+        scale = self.rescaling(np.log(last / self.costs), entry)[:, None]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
         k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
-        squares = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
-        squares[there] = np.concatenate(spectra) ** 2
-        # one to come is worth at most what the last one is
-        worth = factor * np.where(there, squares, np.minimum(trust * squares, last[:, None]))
+        raw = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
+        raw[there] = np.concatenate(spectra) ** 2
+        # one to come is worth less than the last one is: where all need the same, those that are there stay
+        worth = scale * np.where(there, raw, np.minimum(trust * raw, 0.99 * last[:, None]))
         ranks = fill(worth * (k <= limit[:, None]), self.costs, self.budget)
         if (ranks == before).all():
             return before
@@ -587,38 +589,41 @@ class RankController:
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        nearest = (k == before[:, None]) & (before < ranks)[:, None]  # to those added: a second masking, for the price
+        # a second masking, for the price: the last component of each adapter that is to grow
+        nearest = (k == before[:, None]) & (before < ranks)[:, None]
         entry["maskings"] = [
-            {"worth": float(squares[part].sum()), "components": int(part.sum()),
+            {"worth": float(raw[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, nearest)
         ]  # fmt: skip
         price, error = self.fit("worth")
         _, blind = self.fit("components")
         # that masking helps is chance
-        gain = price * float(worth[added].sum()) - max(entry["maskings"][0]["rise"], 0.0)
-        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "move"}
+        gain = price * float(worth[added].sum()) - max(0.0, entry["maskings"][0]["rise"])
+        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
         loss = entry["probe_loss"]
         fall = self.history[-2].get("probe_loss", math.nan) - loss
-        # training by itself is taken to bring as much again as since the last look: more than the rest cannot be had
-        if self.method == "hydra" and not (error < blind and LEAST * fall < gain < loss - fall):
-            entry["choice"] = "abstain"
+        # training by itself may bring as much again as since the last look: a move must add to that, and can bring no
+        # more than what that leaves of the loss
+        is_wanted = error < blind and max(0.0, LEAST * fall) < gain < loss - fall
+        if self.method == "hydra" and not is_wanted:
             return before
-        entry |= {"added": added.sum(1).tolist(), "promised": price * float((factor * squares)[added].sum())}
+        promised = price * float((scale * raw)[added].sum())
+        entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
         return ranks
 
     def trust(self, measure, entry):
         """What moves brought as a share of what they promised: the rise without as many components as they added."""
-        last = self.history[-2]
-        if "added" in last:
-            entry["judged"] = [last["promised"], self.rise_without(last["added"], measure)]
+        previous = self.history[-2]
+        if "added" in previous:
+            entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
         promised, brought = np.sum(judged or [[1, 1]], axis=0)
         return float(np.clip(brought / max(promised, 1e-12), 0, 4))
 
-    def believed(self, log_last, entry):
-        """Factors [L · 7] that bring last components' worth per parameter to their mean plus deviations to believe.
+    def rescaling(self, log_last, entry):
+        """Factors [L · 7] that bring last components' worth per parameter to their mean and deviations to believe.
 
-        A deviation counts if the look before gave one of the same sign: so nothing moves at the first look.
+        Of two looks' deviations of one sign the smaller counts, else none: so nothing moves at the first look.
         """
         coarse, fine, entry["spread"] = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
         coarse, fine = weaken(self.method, coarse, fine, self.seed)
@@ -627,7 +632,7 @@ class RankController:
         for level in ("coarse", "fine"):
             now = np.array(entry[level])
             then = np.array(self.history[-2].get(level, 0))
-            deviations = deviations + now * (now * then > 0)
+            deviations = deviations + now.clip(np.minimum(then, 0), np.maximum(then, 0))
         return np.exp(log_last.mean() + deviations.flatten() - log_last)
 
     def fit(self, column):
@@ -635,7 +640,7 @@ class RankController:
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x = np.array([masking[column] for masking in maskings])
         y = np.array([masking["rise"] for masking in maskings])
-        log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # costs span decades: a ratio can be predicted
+        log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # rises span decades: ratios can be told
         left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
         return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))
 
@@ -742,7 +747,10 @@ def read_weights(path):
                 read = load_file(file)
             else:  # files of the old format, which are no zip files, cannot be mapped
                 read = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-            weights |= {key: tensor for key, tensor in read.get("state_dict", read).items() if torch.is_tensor(tensor)}
+            read = {key: tensor for key, tensor in read.get("state_dict", read).items() if torch.is_tensor(tensor)}
+        if twice := weights.keys() & read.keys():
+            raise Mistake(f"{file}: has {min(twice)}, which another file there has, too: remove the older files")
+        weights |= read
     return weights
 
 
@@ -897,10 +905,10 @@ def read_config(folder):
     return config
 
 
-def fingerprint(clip, llm):
-    """A number that tells backbones apart, equal whether they are read in fp32 or bf16: of one row of each linear."""
-    linears = [module for part in (clip, llm) for module in part.modules() if isinstance(module, nn.Linear)]
-    return zlib.crc32(torch.cat([linear.weight[0].detach().bfloat16() for linear in linears]).view(torch.uint8).numpy())
+def fingerprint(*parts):
+    """A number that tells weights apart, equal whether they are read in fp32 or bf16: of some of each parameter."""
+    some = [p.detach().flatten()[:1024].bfloat16() for part in parts for p in part.parameters()]
+    return zlib.crc32(torch.cat(some).view(torch.uint8).numpy())
 
 
 def restore(model, folder):
@@ -926,6 +934,11 @@ def restore(model, folder):
 # commands
 
 
+def check_trained(model, name):
+    if not model.stage:
+        raise Mistake(f"{name}: has no trained projector; give a run of train.py, or a MobileVLM")
+
+
 def export(checkpoint, format, to, dtype="float32", padded=False, force=False, vision_tower=None):
     """Write a checkpoint in the layout of another tool: whole or not at all. force replaces what an export wrote."""
     to = Path(to)
@@ -937,10 +950,10 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
         if others := sorted({path.name for path in to.iterdir()} - {*ours}):
             raise Mistake(f"{to}: holds {others[0]}, which no export wrote; name another folder")
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)  # in fp32: merged exactly, cast once
+    check_trained(model, checkpoint)
     modules = adapters(model)
-    if not model.stage or format == "peft" and not modules:
-        part = "adapters" if model.stage else "trained projector"
-        raise Mistake(f"{checkpoint}: has no {part}; give a run of train.py")
+    if format == "peft" and not modules:
+        raise Mistake(f"{checkpoint}: has no adapters; give a run of stage 2")
     if format != "peft":
         for name, module in modules.items():
             module.base.weight.data += module.delta()
@@ -1027,12 +1040,14 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
         raise Mistake(f"--max_new_tokens {max_new_tokens}: give a positive number")
     picture = data.open_image("/", image if "://" in image else str(Path(image).resolve()))
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)
+    check_trained(model, checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = data.image_to_tensor(picture, model.image_size, "pad")[None]
     turns = []
     for text in [prompt] if prompt is not None else iter(sys.stdin.readline, ""):
         data.check_text(text, "--prompt")
-        turns.append({"from": "human", "value": "<image>\n" * (not turns) + text.strip()})
+        text = text.replace("<image>", "").strip()  # the one image comes first
+        turns.append({"from": "human", "value": "<image>\n" * (not turns) + text})
         input_ids, _ = data.encode_conversation(turns, tokenizer, "v1")
         places = len(input_ids) - 1 + model.image_tokens
         if places >= model.context_length:
@@ -1040,7 +1055,8 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
             raise Mistake(f"--prompt: the conversation takes {sizes}; ask less")
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         ids = model.generate(torch.tensor([input_ids]), None, pixels, max_new_tokens, streamer=streamer)
-        turns.append({"from": "gpt", "value": tokenizer.decode(ids[0], skip_special_tokens=True).strip()})
+        said = tokenizer.decode(ids[0], skip_special_tokens=True).replace("<image>", "").strip()
+        turns.append({"from": "gpt", "value": said})
 
 
 def main():

@@ -266,7 +266,9 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
     entry = {"step": step, "held_out_loss": held_out_loss(model, validation)}
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
     if questions and step:
-        answered = gather(answer(model, tokenizer, questions, config.images, config.num_workers))
+        longest = 2 + max(len(tokenizer(question["label"]).input_ids) for question in questions)
+        mine = answer(model, tokenizer, questions, config.images, config.num_workers, max_new_tokens=longest)
+        answered = gather(mine)
         entry["accuracy"] = accuracy(answered)
         say("    accuracy: " + ", ".join(f"{kind} {value:.2f}" for kind, value in entry["accuracy"].items()))
         for question, text in answered[:3]:
@@ -287,8 +289,8 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    5 % of the records, spread over the file, are held out (at most 256 + the probes): the rank method measures on the
-    probe records; what is reported, and what learning rates are chosen by, comes from the validation records.
+    5 % of the records, spread over the file, are held out (at most 256 + a global batch): the rank method measures on
+    the probe records; what is reported, and what learning rates are chosen by, comes from the validation records.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
@@ -368,7 +370,8 @@ def run(config):
     process, world_size = dist.get_rank(), dist.get_world_size()
     complete(config, world_size)
     checkpoint = hydra.find_checkpoint(config.out)
-    if checkpoint and not config.resume:
+    has_log = any(path.stat().st_size for path in Path(config.out).glob("log.jsonl"))
+    if (checkpoint or has_log) and not config.resume:
         raise Mistake(f"--out {config.out}: holds a run; add --resume to continue it, or name another folder")
     if config.resume and not checkpoint:
         say(f"--resume: no checkpoint in {config.out} yet, starting from the beginning")
@@ -406,7 +409,8 @@ def run(config):
     first = state["step"]
 
     log = Log(Path(config.out, "log.jsonl"), state["log_size"])
-    probe, validation = (hold(config, model, samples(records)) for records in (probe, validation))
+    validation = hold(config, model, samples(validation))
+    probe = hold(config, model, samples(probe)) if controller else []
     say(parameter_table(model))
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
         f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records; "
@@ -432,7 +436,7 @@ def run(config):
         for group in optimizer.param_groups:
             rate = group["lr"] = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
 
-        # gradients of the loss, summed over the global batch
+        # gradients of the loss, summed over the global batch;
         # dropout differs between steps and processes, and is the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
         loss, targets, batches, bad = 0.0, 0, [], []
@@ -476,7 +480,7 @@ def run(config):
             if len(set(gather([json.dumps(controller.state_dict())]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
-            ddp = wrap()
+            ddp = wrap()  # sends the first process's new components to all
             seconds_of_events += time.time() - since
             say(describe_event(entry))
             log(**entry)
@@ -490,7 +494,7 @@ def run(config):
                 f"{seen / seconds:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
-            state["log_size"] = log.file.seek(0, os.SEEK_END)
+            state["log_size"] = log.size
             own = {"optimizer": optimizer.state_dict(), "controller": controller and controller.state_dict()}
             save(config, model, state | own)
         if stop and done < total_steps:
@@ -528,8 +532,9 @@ def parse_arguments(words=None):
             raise Mistake(f"--{name} {value}: give a positive number")
     if config.seed >= 10**9:
         raise Mistake(f"--seed {config.seed}: give a number below 10^9")
-    if config.lora_dropout and config.lora_dropout >= 1:
-        raise Mistake(f"--lora_dropout {config.lora_dropout}: give a share below 1")
+    for name in ("lora_dropout", "warmup_ratio"):
+        if (getattr(config, name) or 0) >= 1:
+            raise Mistake(f"--{name} {getattr(config, name)}: give a share below 1")
     return config
 
 
@@ -591,7 +596,10 @@ class Log:
     """
 
     def __init__(self, path, size=-1):
-        """The file is cut to `size` bytes: what it had when the checkpoint was written that a run goes on from."""
+        """size: bytes that the file had when the checkpoint was written that a run goes on from.
+
+        What is beyond them goes when the first row is written: a run that is refused changes nothing.
+        """
         self.rows, self.file = [], None
         if dist.get_rank() > 0:
             return
@@ -602,16 +610,19 @@ class Log:
         except BlockingIOError:
             raise Mistake(f"{path}: another run is writing it; wait for its end, or name another folder") from None
         self.file.seek(0)
-        kept = self.file.read(size)
-        kept = kept[: kept.rfind(b"\n") + 1]
+        *lines, last = self.file.read(size).split(b"\n")
+        self.size = sum(len(line) + 1 for line in lines)
         with reading(path):
-            self.rows = list(map(json.loads, kept.splitlines()))
-        self.file.truncate(len(kept))
+            if last and not last.startswith(b'{"question_id"'):
+                raise Mistake(f"{path}: its last line is no row of ours, and has no line break; name another file")
+            self.rows = list(map(json.loads, lines))
 
     def __call__(self, **row):
         if self.file:
+            self.file.truncate(self.size)
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
+            self.size = self.file.tell()
 
 
 def ignore_signals(*_):
@@ -818,14 +829,20 @@ def run_benchmark(config):
         raise Mistake(f"--answers {path}: its folder does not exist; name another file")
     log = Log(path)
     answers = gather(log.rows)
-    # a run that trains on is another model
-    model_id = str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint)
-    if other := {answer.get("model_id") for answer in answers} - {model_id}:
-        raise Mistake(f"--answers {path}: has answers of {other.pop()}; name another file")
-    left = [question for question, answered in data.join_answers(config.benchmark, questions, answers) if not answered]
+    data.check_rows(answers, path, data.ANSWER)
+    pairs = data.join_answers(config.benchmark, questions, answers)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = hydra.load_checkpoint(config.checkpoint, config.vision_tower, config.projector, dtype)
+    hydra.check_trained(model, config.checkpoint)
+    # a run that trains on is another model, and so may be one of the same name
+    source = {"model_id": str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint),
+              "weights": hydra.fingerprint(model.clip, model.projector, model.llm)}  # fmt: skip
+    for question, given in pairs:
+        if given and (given["prompt"] != question["text"] or given | source != given):
+            what = f"question {question['question_id']} of another model ({given.get('model_id')}) or wording"
+            raise Mistake(f"--answers {path}: has the answer to {what}; name another file")
     model.to(device)
+    left = [question for question, given in pairs if not given]
     say(f"{len(questions)} questions, {len(answers)} answered before -> {path}")
     check_prompts(left, model, tokenizer)
     size = config.per_device_train_batch_size or 64
@@ -834,7 +851,7 @@ def run_benchmark(config):
         mine = answer(model, tokenizer, left[start : start + chunk], config.images, config.num_workers or 0, size, 128)
         for question, text in gather(mine):
             answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text})
-            log(**answers[-1], model_id=model_id)
+            log(**answers[-1], **source)
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
 
 
