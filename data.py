@@ -370,8 +370,8 @@ def micro_batches(batch, per_device, world_size):
 def load_tokenizer(folder):
     """The tokenizer of a folder, with the ids that MobileLLaMA was trained with; Mistake if it is incomplete."""
     folder = Path(folder)
-    if (folder / "tokenizer.model").is_file():
-        file = folder / "tokenizer.model"
+    file = folder / "tokenizer.model"
+    if file.is_file():
         with reading(file):  # from_pretrained would merge runs of spaces in another order
             source = SentencePieceExtractor(str(file))
             vocabulary, _, merges = source.extract()
@@ -382,8 +382,9 @@ def load_tokenizer(folder):
         if tokenizer(" " + SYSTEM, add_special_tokens=False).input_ids != sp.encode(SYSTEM):
             raise Mistake(f"{file}: of another kind than LLaMA's (BPE, a space before every text) is not supported")
         return tokenizer
-    with reading(folder / "tokenizer.json"):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    with reading(file):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
         backend = tokenizer.backend_tokenizer
         if isinstance(backend.normalizer, normalizers.Sequence):  # encode_conversation writes the space itself
             kept = [step for step in backend.normalizer if not isinstance(step, normalizers.Prepend)]
@@ -584,11 +585,12 @@ BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def read_rows(path, fields):
-    """JSON lines of objects with these fields: texts, but for a question_id, which may be a number."""
+    """Checked objects of a file of JSON lines."""
     return check_rows(read_json(path, lines=True), path, fields)
 
 
 def check_rows(rows, path, fields):
+    """The rows of a file; Mistake unless each has these fields: texts, but a question_id may be a number."""
     for number, row in enumerate(rows, 1):
         for field in fields:
             value = row.get(field) if isinstance(row, dict) else None

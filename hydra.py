@@ -935,6 +935,7 @@ def restore(model, folder):
 
 
 def check_trained(model, name):
+    """Mistake if the projector is new: its answers would mean nothing."""
     if not model.stage:
         raise Mistake(f"{name}: has no trained projector; give a run of train.py, or a MobileVLM")
 

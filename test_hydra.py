@@ -1302,6 +1302,7 @@ def test_records_as_users_write_them(tmp_path):
     (dict(stage1="nowhere"), "in nowhere; first run: torchrun train.py --stage 1 --model .* --out nowhere"),
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
+    (dict(max_tokens_per_pass=0), "--max_tokens_per_pass 0: give a positive number"),
     (dict(seed=2_000_000_000), "--seed 2000000000: give a number below"),
     (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
     (dict(out="caf\udce9"), "--out: holds half of a surrogate pair, or bytes that are no UTF-8"),
@@ -1358,7 +1359,8 @@ def test_records_beyond_the_context_are_counted(run, world, tmp_path):
     for row in records:
         row["conversations"][0]["value"] += LONG
     write(file, records)
-    refused("none of the 92 training records has an answer within", run, **changed | {"out": tmp_path / "none"})
+    with pytest.raises(data.Mistake, match="none of the 92 training records has an answer within the context of 256"):
+        run(**changed | {"out": tmp_path / "none"})
 
 
 def test_prompts_beyond_the_context_are_refused(run, world, stage2, tmp_path):
@@ -1671,8 +1673,9 @@ def compare(argv):
     for job in jobs:  # a misspelt flag is found before the first run
         plan(*job)
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
-    signs = np.array([*product((1, -1), repeat=min(args.seeds, 16))])
+        results = dict(zip(jobs, pool.map(run, *zip(*jobs))))
+    some = np.random.default_rng(0).choice((1, -1), (65536, args.seeds))
+    signs = np.array([*product((1, -1), repeat=args.seeds)]) if args.seeds <= 16 else some
     print(f"{'':14}{'parameters':>11}{'test loss':>19}{'difference ± 2 standard errors':>34}{'p':>7}{'accuracy':>10}")
     for name in methods:
         own = [results[name, seed] for seed in seeds]
@@ -1682,8 +1685,8 @@ def compare(argv):
         line = f"{name:14}{max(r['parameters'] for r in own):11,}{losses.mean():10.4f} ± {losses.std():.4f}"
         if name != methods[0] and len(gap) > 1:
             error = gap.std(ddof=1) / math.sqrt(len(gap))
-            # p of the sign-flip test: how many of all signs (beyond 16 seeds, of the first 16's) give as large a sum
-            p = (abs(signs @ gap[:16]) >= abs(gap[:16].sum()) - 1e-12).mean()
+            # p of the sign-flip test: how many of all signs, or of 65,536 drawn ones, give as large a sum
+            p = (abs(signs @ gap) >= abs(gap.sum()) - 1e-12).mean()
             line += f"{gap.mean():+22.1f} % ± {2 * error:5.1f}  {p:7.3f}"
         print(f"{line:85}{np.mean([r['accuracy']['all'] for r in own]):10.3f}  {gap.round(1).tolist()}")
     print(f"{'ranks at the end, mean':24}" + "".join(f"{name.split('.')[1][:-5]:>7}" for name in hydra.PROJECTIONS))

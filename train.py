@@ -266,7 +266,7 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
     entry = {"step": step, "held_out_loss": held_out_loss(model, validation)}
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
     if questions and step:
-        longest = 2 + max(len(tokenizer(question["label"]).input_ids) for question in questions)
+        longest = 2 + max(map(len, tokenizer([question["label"] for question in questions]).input_ids))
         mine = answer(model, tokenizer, questions, config.images, config.num_workers, max_new_tokens=longest)
         answered = gather(mine)
         entry["accuracy"] = accuracy(answered)
@@ -370,7 +370,8 @@ def run(config):
     process, world_size = dist.get_rank(), dist.get_world_size()
     complete(config, world_size)
     checkpoint = hydra.find_checkpoint(config.out)
-    has_log = any(path.stat().st_size for path in Path(config.out).glob("log.jsonl"))
+    log_file = Path(config.out, "log.jsonl")
+    has_log = log_file.is_file() and log_file.stat().st_size
     if (checkpoint or has_log) and not config.resume:
         raise Mistake(f"--out {config.out}: holds a run; add --resume to continue it, or name another folder")
     if config.resume and not checkpoint:
@@ -408,7 +409,7 @@ def run(config):
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
 
-    log = Log(Path(config.out, "log.jsonl"), state["log_size"])
+    log = Log(log_file, state["log_size"])
     validation = hold(config, model, samples(validation))
     probe = hold(config, model, samples(probe)) if controller else []
     say(parameter_table(model))
