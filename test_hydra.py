@@ -7,7 +7,7 @@ Experiments, below the tests:
     python test_hydra.py compare --methods aligned,hydra,eva --seeds N [--damage noise:LAYER] [flags of train.py]
     python test_hydra.py lab WORLDS METHODS [SEEDS] [STEPS]    where it is known what needs how much rank
     python test_hydra.py memory [--model 1.7b|3b|tiny] [flags of train.py]      a step's peak, counted without a GPU
-    python test_hydra.py speed [flags of train.py]      seconds of the parts of a step, tokens/s
+    python test_hydra.py speed [the same]    a step's samples/s, TFLOP/s and real peak
     python test_hydra.py bench               our step, adapter and images beside the usual ones (needs peft)
 """
 
@@ -33,7 +33,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, product
 from pathlib import Path
 from timeit import timeit
 from types import SimpleNamespace
@@ -51,6 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, normalizers
@@ -1881,17 +1882,14 @@ def random_weights(name, dtype=None, tokenizer=None):
         yield
 
 
-def train_step(model, optimizer, batches, autocast=nullcontext, lap=lambda part: None):
-    """What train.py's loop does in a step of these batches, but for the gradients' norm; lap(part) where one ends."""
+def train_step(model, optimizer, batches, autocast=nullcontext):
+    """What train.py's loop does in a step of these batches, but for the gradients' norm."""
     for batch in batches:
         with autocast():
             loss, _ = model(**batch)
-        lap("forward")
         loss.backward()
-        lap("backward")
     optimizer.step()
     optimizer.zero_grad()
-    lap("optimizer")
 
 
 class Memory(TorchDispatchMode):
@@ -1971,49 +1969,56 @@ def fake_model(config, dtype=None):
         return mode, train.build_model(config, torch.device("cpu"))[0]
 
 
-def fake_batches(mode, model, config, rows, length):
-    """A pass of rows of equal length as train.py cuts it, the first two parts: more take no more."""
-    ids = [1, data.IMAGE_TOKEN] + [5] * (length - model.image_tokens - 1)
+def plans(argv):
+    """(config, name, rows of a pass, texts' tokens in the usual, the mean and the longest row) of each stage asked."""
+    stages = [argv] if "--stage" in argv else [["--stage", *s, *argv] for s in (["1"], ["2"], ["2", "--method", "full"])]
+    for config in map(train.parse_arguments, stages):
+        if config.stage not in (1, 2):
+            raise data.Mistake("--stage: 1 or 2")
+        train.complete(config, 1)
+        name = f"{config.model} stage {config.stage}" + (f" {config.method}" if config.stage == 2 else "")
+        yield config, name, config.per_device_train_batch_size, [32] if config.stage == 1 else [200, 656, 10**6]
+
+
+def pass_of(model, config, rows, text):
+    """(tokens of a row, a pass of equal rows as train.py cuts it into batches); pixels and ids are random."""
+    length = min(model.image_tokens + text, model.context_length)
+    ids = [1, data.IMAGE_TOKEN] + np.random.default_rng(0).integers(3, 500, length - model.image_tokens - 1).tolist()
     asked = 2 if config.stage == 1 else 42
-    with mode:
-        pixels = torch.empty(3, model.image_size, model.image_size)
+    pixels = torch.randn(3, model.image_size, model.image_size)
     sample = {"input_ids": ids, "labels": [data.IGNORE] * asked + ids[asked:], "pixel_values": pixels, "bad": []}
-    return data.bounded_batches([sample] * rows, config.max_tokens_per_pass, model.image_tokens)[:2]
+    return length, data.bounded_batches([sample] * rows, config.max_tokens_per_pass, model.image_tokens)
 
 
 def memory(argv):
     """Table of a step's peak in GB of 10^9 bytes, by part: for the usual, the mean and the longest batch of a GPU."""
-    plans = [["1"], ["2"], ["2", "--method", "full"]]
-    plans = [argv] if "--stage" in argv else [["--stage", *plan, *argv] for plan in plans]
     columns = [*Memory().now, "peak", "--gradient_checkpointing"]
     print(f"{'':24}{'batch':>12}{'parts':>7}  " + "  ".join(columns))
-    for words in plans:
-        config = train.parse_arguments(words)
-        if config.stage not in (1, 2):
-            raise data.Mistake("--stage: 1 or 2")
-        train.complete(config, 1)
+    for config, name, rows, texts in plans(argv):
         both = [fake_model(replace(config, gradient_checkpointing=on)) for on in (config.gradient_checkpointing, True)]
-        _, model = both[0]
-        rows = config.per_device_train_batch_size
-        name = f"{config.model} stage {config.stage}" + (f" {config.method}" if config.stage == 2 else "")
-        for text in [32] if config.stage == 1 else [200, 656, model.context_length - model.image_tokens]:
-            length = min(model.image_tokens + text, model.context_length)
-            parts = math.ceil(rows / max(1, config.max_tokens_per_pass // length))
-            peak, low = [count_step(its, fake_batches(mode, its, config, rows, length), True) for mode, its in both]
+        for text in texts:
+            peaks = []
+            for mode, model in both:
+                with mode:
+                    length, batches = pass_of(model, config, rows, text)
+                peaks.append(count_step(model, batches[:2], as_on_gpu=True))  # more take no more
+            peak, low = peaks
             sizes = [*peak.values(), sum(peak.values()), sum(low.values())]
             cells = "".join(f"{size / 1e9:{2 + len(column)}.2f}" for column, size in zip(columns, sizes))
-            print(f"{name:24}{f'{rows} x {length}':>12}{parts:7}{cells}", flush=True)
+            print(f"{name:24}{f'{rows} x {length}':>12}{len(batches):7}{cells}", flush=True)
 
 
 @pytest.mark.parametrize("words", ["1", "2", "2 --gradient_checkpointing", "2 --method full"])
 def test_memory_counted_is_memory_used(words):
     config = train.parse_arguments([*BENCH, "--max_tokens_per_pass", "800", "--stage", *words.split()])
     mode, model = fake_model(config, torch.float32)
-    counted = count_step(model, fake_batches(mode, model, config, 5, 300), as_on_gpu=False)
+    with mode:
+        _, batches = pass_of(model, config, 5, 300)
+    counted = count_step(model, batches, as_on_gpu=False)
     with random_weights("bench"):
         model = train.build_model(config, torch.device("cpu"))[0].train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    batches = fake_batches(nullcontext(), model, config, 5, 300)
+    _, batches = pass_of(model, config, 5, 300)
     train_step(model, optimizer, batches)
     used = peak_of_tensors(lambda: train_step(model, optimizer, batches))
     assert (sum(counted.values()) - counted["weights"] - counted["AdamW"]) / 1e9 == pytest.approx(used, rel=0.05)
@@ -2021,46 +2026,60 @@ def test_memory_counted_is_memory_used(words):
 
 
 def speed(argv):
-    """Median seconds of the parts of a step of one pass, of both stages: random weights, the toy world's records."""
+    """Table of a step's speed, for the passes that memory tells of, on random weights; rank events beside it.
+
+    TFLOP/s are those that the step needs, their share is of a large matrix product's; GB are a GPU's peak.
+    """
     device = train.set_up_processes()
-    laps = []  # (part, when it ended)
+    on_gpu = device.type == "cuda"
 
-    def lap(part):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        laps.append((part, time.perf_counter()))
+    def seconds(function):
+        """Median of five runs after the first."""
+        taken = []
+        for _ in range(6):
+            begun = time.perf_counter()
+            function()
+            if on_gpu:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+        return np.median(taken[1:])
 
-    with tempfile.TemporaryDirectory() as folder:
-        data.write_world(f"{folder}/world", train=64, test=1)
-        tokenizer = data.train_tokenizer(Path(folder, "llm"))
-        for stage, file, template in (("1", "caption.json", "plain"), ("2", "instruct.json", "v1")):
-            config = train.parse_arguments(["--stage", stage, *argv])
-            train.complete(config, 1)
-            with random_weights(config.model, None, tokenizer):
-                model = train.build_model(config, device)[0].train()
-            records = data.read_records(f"{folder}/world/{file}", f"{folder}/world/images")
-            samples = train.make_samples(records, f"{folder}/world/images", model, tokenizer, template)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.learning_rate)
-            laps[:] = [("start", time.perf_counter())]
-            for _ in range(9):
-                batch = data.collate([samples[i % 64] for i in range(config.per_device_train_batch_size)])
-                lap("reading")
-                train_step(model, optimizer, [batch], lambda: train.autocast(device), lap)
-            if hydra.adapters(model):
+    side = 8192 if on_gpu else 1024
+    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    most = 2 * side**3 / seconds(lambda: factor @ factor)
+    print(f"a product of {side} x {side}: {most / 1e12:.2f} TFLOP/s on {device}")
+    print(f"{'':24}{'batch':>12}{'seconds':>9}{'samples/s':>11}{'TFLOP/s':>9}{'share':>7}{'GB':>7}")
+    head = lambda hidden, weight, *_, **__: 4 * hidden[0] * weight[0] * weight[1]  # logits, and the hidden's gradient
+    for config, name, rows, texts in plans(argv):
+        with random_weights(config.model), device:
+            model = train.build_model(config, device)[0].train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        for text in texts:
+            length, batches = pass_of(model, config, rows, text)
+            step = partial(train_step, model, optimizer, batches, lambda: train.autocast(device))
+            step()  # with it comes the operator of the loss
+            loss = torch.ops.torch_nn._linear_cross_entropy_batch_chunked
+            with FlopCounterMode(display=False, custom_mapping={loss: head}) as counter:
+                step()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            taken = seconds(step)
+            rate, peak = counter.get_total_flops() / taken, on_gpu and torch.cuda.max_memory_allocated() / 1e9
+            print(f"{name:24}{f'{rows} x {length}':>12}{taken:9.4f}{rows / taken:11.1f}{rate / 1e12:9.2f}"
+                  f"{100 * rate / most:5.1f} %{peak:7.2f}", flush=True)  # fmt: skip
+            if config.method == "hydra" and config.stage == 2 and text == texts[0]:
                 controller = hydra.RankController(model, config.lora_rank, 100)
-                for step in controller.event_steps:
-                    controller.event(step, lambda: train.held_out_loss(model, [batch]), optimizer)
-                    lap("rank event")
-            taken = [(part, until - since) for (_, since), (part, until) in pairwise(laps)]
-            median = {name: np.median([seconds for part, seconds in taken if part == name]) for name, _ in taken}
-            rate = data.count_tokens(batch, model.image_tokens).sum() / sum(list(median.values())[:4])
-            print(f"stage {stage}: {rate:,.0f} tokens/s;", *[f" {part} {s:.4f} s" for part, s in median.items()])
+                probe = 8 * batches
+                begun = time.perf_counter()
+                for at in controller.event_steps:
+                    controller.event(at, lambda: train.held_out_loss(model, probe), optimizer)
+                print(f"{'':24}all rank events on {8 * rows} probe records: {time.perf_counter() - begun:.1f} s")
 
 
-def test_speed_prints_seconds():
-    output = command(HERE / "test_hydra.py", "speed")
-    parts = re.findall(r"  ([a-z ]+) \d+\.\d+ s", output)
-    assert parts == 2 * ["reading", "forward", "backward", "optimizer"] + ["rank event"]
+def test_speed_prints_a_table():
+    output = command(HERE / "test_hydra.py", "speed", "--stage", 2, "--global_batch_size", 2)
+    assert len(re.findall(r"tiny stage 2 hydra +2 x \d+ +\d\.\d+ +\d+\.\d +\d\.\d\d +\d+\.\d %", output)) == 3
+    assert "all rank events on 16 probe records: " in output
 
 
 # ------------------------------------------------------------------------------------------
