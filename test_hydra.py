@@ -901,7 +901,7 @@ def test_memory_expected_is_memory_counted(words):
     train.complete(config, 1)
     mode, model = fake_model(config)
     fixed, per_token = train.expected_peak(model, config, torch.device("cuda"))
-    counted = count_step(model, fake_batches(mode, model, config, rows=12, length=2048), as_on_gpu=True)
+    counted = count_step(model, pass_of(model, config, 12, 10**6, mode)[1][:2], as_on_gpu=True)
     assert fixed + config.max_tokens_per_pass * per_token == pytest.approx(sum(counted.values()), rel=0.1)
 
 
@@ -1980,12 +1980,13 @@ def plans(argv):
         yield config, name, config.per_device_train_batch_size, [32] if config.stage == 1 else [200, 656, 10**6]
 
 
-def pass_of(model, config, rows, text):
-    """(tokens of a row, a pass of equal rows as train.py cuts it into batches); pixels and ids are random."""
+def pass_of(model, config, rows, text, mode=nullcontext()):
+    """(tokens of a row, a pass of equal rows as train.py cuts it into batches); pixels, of the mode, and ids random."""
     length = min(model.image_tokens + text, model.context_length)
     ids = [1, data.IMAGE_TOKEN] + np.random.default_rng(0).integers(3, 500, length - model.image_tokens - 1).tolist()
     asked = 2 if config.stage == 1 else 42
-    pixels = torch.randn(3, model.image_size, model.image_size)
+    with mode:
+        pixels = torch.randn(3, model.image_size, model.image_size)
     sample = {"input_ids": ids, "labels": [data.IGNORE] * asked + ids[asked:], "pixel_values": pixels, "bad": []}
     return length, data.bounded_batches([sample] * rows, config.max_tokens_per_pass, model.image_tokens)
 
@@ -1999,8 +2000,7 @@ def memory(argv):
         for text in texts:
             peaks = []
             for mode, model in both:
-                with mode:
-                    length, batches = pass_of(model, config, rows, text)
+                length, batches = pass_of(model, config, rows, text, mode)
                 peaks.append(count_step(model, batches[:2], as_on_gpu=True))  # more take no more
             peak, low = peaks
             sizes = [*peak.values(), sum(peak.values()), sum(low.values())]
@@ -2012,13 +2012,11 @@ def memory(argv):
 def test_memory_counted_is_memory_used(words):
     config = train.parse_arguments([*BENCH, "--max_tokens_per_pass", "800", "--stage", *words.split()])
     mode, model = fake_model(config, torch.float32)
-    with mode:
-        _, batches = pass_of(model, config, 5, 300)
-    counted = count_step(model, batches, as_on_gpu=False)
+    counted = count_step(model, pass_of(model, config, 5, 300, mode)[1], as_on_gpu=False)
     with random_weights("bench"):
         model = train.build_model(config, torch.device("cpu"))[0].train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    _, batches = pass_of(model, config, 5, 300)
+    batches = pass_of(model, config, 5, 300)[1]
     train_step(model, optimizer, batches)
     used = peak_of_tensors(lambda: train_step(model, optimizer, batches))
     assert (sum(counted.values()) - counted["weights"] - counted["AdamW"]) / 1e9 == pytest.approx(used, rel=0.05)
