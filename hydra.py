@@ -30,6 +30,7 @@ import os
 import sys
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -210,13 +211,14 @@ class HybridLoRALinear(nn.Module):
         return min(self.base.in_features, self.base.out_features)
 
     def forward(self, x):
-        y = self.base(x)
+        rows = x.flatten(0, -2)  # [n, in]
+        y = self.base(rows)
         if self.training and self.dropout:
-            h = DropoutLinear.apply(x, self.lora_A, self.dropout)  # [.., r], keeping little for the backward pass
+            h = DropoutLinear.apply(rows, self.lora_A, self.dropout)  # [n, r], keeping little for the backward pass
         else:
-            h = F.linear(x, self.lora_A)
-        # y + scale · h Bᵀ, without a tensor of y's size in between
-        return torch.addmm(y.flatten(0, -2), self.scale * h.flatten(0, -2), self.lora_B.T).view_as(y)
+            h = F.linear(rows, self.lora_A)
+        # in place: no second tensor of y's size
+        return y.addmm_(h, self.lora_B.T.to(y.dtype), alpha=self.scale).view(*x.shape[:-1], -1)
 
     def delta(self):
         """The dense update [out, in] that the adapter stands for."""
@@ -458,14 +460,14 @@ def look(modules, measure):
     share of what its base gives: of scale · B · Σ^½ with Σ = sum of A x xᵀ Aᵀ / ‖W x‖² over the tokens.
     """
     # Σ of each adapter; zero where a process has no probe records
-    sums = {module: torch.zeros(module.rank, module.rank, dtype=torch.float64) for module in modules}
+    sums = {m: m.lora_A.new_zeros(m.rank, m.rank, dtype=torch.float64) for m in modules}
 
     def watch(module, args, y):
         with torch.autocast(y.device.type, enabled=False):
             h = args[0].flatten(0, -2).float() @ module.lora_A.T  # [n, r]
             base = y.flatten(0, -2).float() - module.scale * h @ module.lora_B.T
             h = h / base.norm(dim=1, keepdim=True).clamp(min=1e-9)
-            sums[module].add_((h.T @ h).double().cpu())
+            sums[module] += (h.T @ h).double()
 
     hooks = [module.register_forward_hook(watch) for module in modules]
     loss = measure()
@@ -475,10 +477,11 @@ def look(modules, measure):
         return loss, []
     spectra = []
     for module, total in sums.items():
+        B = module.scale * module.lora_B.double()
+        total, products = total.cpu(), (B.T @ B).cpu()
         if dist.is_initialized():
             dist.all_reduce(total)
-        B = module.scale * module.lora_B.double().cpu()
-        squares = torch.linalg.eigvals(total @ B.T @ B).real  # as of Σ^½ Bᵀ B Σ^½
+        squares = torch.linalg.eigvals(total @ products).real  # as of Σ^½ Bᵀ B Σ^½
         spectra.append((squares.clamp(min=0).sqrt().sort(descending=True).values + 1e-12).numpy())
     if dist.is_initialized():
         dist.broadcast_object_list(spectra)
@@ -674,9 +677,9 @@ class DropoutLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, A, mask = ctx.saved_tensors
-        grad_A = grad.flatten(0, -2).T @ (x * mask).to(grad.dtype).flatten(0, -2)
-        grad_x = (grad @ A.to(grad.dtype)).mul_(mask).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_A * ctx.scale, None
+        again = partial(torch.ops.aten.native_dropout_backward, mask=mask, scale=ctx.scale)  # one kernel
+        grad_x = again(grad @ A.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        return grad_x, grad.T @ again(x).to(grad.dtype), None
 
 
 def weaken(method, coarse, fine, seed):

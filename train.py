@@ -342,7 +342,7 @@ def build_model(config, device):
         hydra.inject_adapters(model.llm, config.lora_rank, scale, config.lora_dropout)
     hydra.freeze(model, config.stage, config.method)
     if config.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
 
 
@@ -758,9 +758,10 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
         say(f"left out: {counts}; see log.jsonl")
     events = 100 * seconds["events"] / max(seconds["training"], 1e-9)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, on a GPU the GPU's
+    memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else memory
     say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
-        f"training; peak memory {memory:.1f} GB")  # fmt: skip
+        f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
     if config.stage == 1:
         kind = ["--projector", model.projector.kind] if config.projector else []
