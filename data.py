@@ -116,40 +116,34 @@ def encode_conversation(conversations, tokenizer, template):
         # LLaMA's SentencePiece model puts a space before every piece of text. A text that starts
         # with one gets no second: with the space written here, all tokenizers agree. Text is
         # never read as a control token: a "</s>" inside an answer stays four characters.
-        return tokenizer(" " + text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-    input_ids, labels = [tokenizer.bos_token_id], [IGNORE]
-
-    def append(ids, target):
-        input_ids.extend(ids)
-        labels.extend(ids if target else [IGNORE] * len(ids))
-
-    def append_prompt(text):  # on either side of the image it is encoded apart
-        first, *rest = text.split("<image>")
-        append(encode(first), target=False)
-        for piece in rest:
-            append([IMAGE_TOKEN] + encode(piece), target=False)
+        return tokenizer(" " + text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
 
     if conversations[0]["from"] == "gpt":  # a few public records open with an answer to nothing
         conversations = conversations[1:]
     if template == "plain":
-        append([IMAGE_TOKEN], target=False)
-        append(encode(conversations[1]["value"] + "\n"), target=True)
-        return input_ids, labels
+        prompts = ["<image>"]
+        answers = [encode(conversations[1]["value"] + "\n")]
+    else:
+        prompts = [SYSTEM + " "]  # one before each answer, and the rest: what no </s> parts is encoded together
+        answers = []
+        for turn in conversations:
+            text = turn["value"]
+            if "<image>" in text:  # wherever it stood, the image comes first
+                text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
+            if turn["from"] == "human":
+                prompts[-1] += (f"USER: {text} " if text else "USER:") + "ASSISTANT:"
+            elif text:  # an empty answer adds nothing, not even its </s>
+                answers.append(encode(text) + [tokenizer.eos_token_id])
+                prompts.append("")
 
-    before = SYSTEM + " "  # what is not encoded yet, since text that no </s> parts is encoded together
-    for turn in conversations:
-        text = turn["value"]
-        if "<image>" in text:  # wherever it stood, the image comes first
-            text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        if turn["from"] == "human":
-            before += (f"USER: {text} " if text else "USER:") + "ASSISTANT:"
-        elif text:  # an empty answer adds nothing, not even its </s>
-            append_prompt(before)
-            append(encode(text) + [tokenizer.eos_token_id], target=True)
-            before = ""
-    if before:
-        append_prompt(before)
+    input_ids, labels = [tokenizer.bos_token_id], [IGNORE]
+    for prompt, answer in zip(prompts, [*answers, []]):
+        before, *after = prompt.split("<image>")
+        masked = encode(before)
+        for text in after:  # on either side of the image it is encoded apart
+            masked += [IMAGE_TOKEN] + encode(text)
+        input_ids += masked + answer
+        labels += [IGNORE] * len(masked) + answer
     return input_ids, labels
 
 
