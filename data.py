@@ -43,12 +43,11 @@ from tokenizers import ByteLevelBPETokenizer, normalizers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN as CLIP_MEAN, OPENAI_CLIP_STD as CLIP_STD
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 IMAGE_TOKEN = -200  # stands for the image in input_ids; hydra.py replaces it by the image's tokens
 IGNORE = -100  # label of a position that is no target
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -153,12 +152,12 @@ def encode_conversation(conversations, tokenizer, template):
 
 def open_image(folder, name):
     """RGB image `name` in `folder`, or of a data URL (data:;base64); Mistake if missing, broken, huge or outside."""
-    if "://" in name and not name.startswith("data:"):
-        raise Mistake(f"{name}: is an address; download the image, and name its file")
     path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
     with reading(path):  # resolving fails on what is no name of a file: with a null byte, too long, a link to itself
         if name.startswith("data:"):
             source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
+        elif "://" in name:
+            raise Mistake(f"{name}: is an address; download the image, and name its file")
         elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
             raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
         elif not path.is_file():
@@ -198,8 +197,8 @@ def image_to_tensor(image, size, mode):
     shorter = min(image.size)
     pixels = middle(pixels, 1000 * shorter)  # of a line, no need to resize more than is kept
     full = [size * length // shorter for length in pixels.shape[1:]]
-    if min(full) != shorter:  # five times as fast as Pillow's, and the same to a step or two of 255
-        pixels = F.interpolate(pixels[None], full, mode="bicubic", antialias=True)[0]
+    # five times as fast as Pillow's, and the same to a step or two of 255
+    pixels = F.interpolate(pixels[None], full, mode="bicubic", antialias=True)[0]
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return middle(pixels, size).float().mul_(1 / (255 * std)).sub_(mean / std)
 
@@ -339,9 +338,9 @@ def global_batches(records, batch_size, seed, epoch):
             part = order[start : start + window]
             part = part[np.argsort(lengths[part], kind="stable")]
             cut = len(part) - len(part) % batch_size
-            full += np.split(part[:cut], range(batch_size, cut, batch_size)) if cut else []
+            full += part[:cut].reshape(-1, batch_size).tolist()
             rest += part[cut:].tolist()
-    full = [full[i].tolist() for i in rng.permutation(len(full))]
+    full = [full[i] for i in rng.permutation(len(full))]
     return full + [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
 
 
@@ -575,6 +574,7 @@ BENCHMARKS = {  # name: how its answers are read, what its questions must hold, 
 }
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+ANSWER = ("question_id", "prompt", "text")  # of LLaVA's answer files
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -696,14 +696,6 @@ def find_labels(name, questions, path):
                 rows = [dict(zip(fields, line.strip().split("\t"), strict=True)) for line in lines]
         labels[category] = {key(row): row["label"] for row in rows}
     return [labels[q["category"]].get(key(q)) for q in questions]
-
-
-ANSWER = ("question_id", "prompt", "text")
-
-
-def read_answers(path):
-    """Answers in LLaVA's format."""
-    return read_rows(path, ANSWER)
 
 
 def join_answers(name, questions, answers):
@@ -898,10 +890,9 @@ def write_world(folder, train=12000, test=600, seed=0):
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             instructions.append({"id": f"instruct-{i}", "image": name, "conversations": turns})
         else:
-            questions += [
-                {"question_id": len(questions) + j, "image": name, "text": text, "label": answer, "category": kind}
-                for j, (kind, (text, answer)) in enumerate(asked.items())
-            ]
+            for kind, (text, answer) in asked.items():
+                question = {"question_id": len(questions), "image": name, "text": text, "label": answer}
+                questions.append(question | {"category": kind})
     (folder / "caption.json").write_text(json.dumps(captions))
     (folder / "instruct.json").write_text(json.dumps(instructions))
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -1068,9 +1059,9 @@ def show(data, images, tokenizer, template, count):
         image = record.get("image", "text alone")
         print(f"{name_of(record)} ({image}): {len(input_ids)} ids, {targets} targets, template {template}")
         text = ""
-        kinds = [(label == IGNORE, token == IMAGE_TOKEN) for token, label in zip(input_ids, labels)]
-        for (masked, is_image), run in groupby(range(len(kinds)), kinds.__getitem__):
-            piece = "<image>" if is_image else tokenizer.decode([input_ids[i] for i in run])
+        pairs = zip(input_ids, labels)
+        for (masked, is_image), run in groupby(pairs, lambda pair: (pair[1] == IGNORE, pair[0] == IMAGE_TOKEN)):
+            piece = "<image>" if is_image else tokenizer.decode([token for token, _ in run])
             text += f"[{piece}]" if masked else piece
         print("   " + text.replace("\n", "\\n"))
 
@@ -1099,7 +1090,7 @@ def check(data, images, workers):
 def print_score(benchmark, answers, questions, annotations):
     """Score an answers file in LLaVA's format, from any tool."""
     questions = read_benchmark(benchmark, questions, annotations)
-    rows = read_answers(answers)
+    rows = read_rows(answers, ANSWER)
     scores = score(benchmark, questions, rows)
     other = sum(words(q["text"]) != words(a["prompt"]) for q, a in join_answers(benchmark, questions, rows))
     if other:

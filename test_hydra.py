@@ -1109,7 +1109,7 @@ def answers_to(questions, *texts):
 def test_pope_gives_the_published_numbers():
     pope = REFERENCE / "benchmarks" / "pope"
     questions = data.read_benchmark("pope", pope / "questions.jsonl", pope)
-    scores = data.score("pope", questions, data.read_answers(pope / "answers.llava-v1.5-13b.jsonl"))
+    scores = data.score("pope", questions, data.read_rows(pope / "answers.llava-v1.5-13b.jsonl", data.ANSWER))
     for name, f1 in {"adversarial F1": 0.8446, "popular F1": 0.8625, "random F1": 0.8714, "mean F1": 0.8595}.items():
         assert round(scores[name], 4) == f1
     assert round(scores["random yes ratio"], 4) == 0.4168
