@@ -29,7 +29,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby, takewhile
 from multiprocessing import get_context
 from pathlib import Path
@@ -424,7 +424,7 @@ def find_problems(path, images):
     def stays(path):
         return Path(os.path.realpath(path)).is_relative_to(roots[1])
 
-    @lru_cache(maxsize=None)
+    @cache
     def names_in(folder):
         """What a folder holds inside the image folder: one look at each folder, not at each of 665k files."""
         items = os.scandir(folder) if os.path.isdir(folder) and stays(folder) else ()
