@@ -555,10 +555,9 @@ def complete(config, world_size):
     own, most = batch // world_size, recipe["per_device_train_batch_size"]
     each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
     passes = passes or own // each
-    if each * passes * world_size != batch:
-        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
-        raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
+    if (product := each * passes * world_size) != batch:
+        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes = {product}"
+        raise Mistake(f"--per_device_train_batch_size {factors}, not --global_batch_size {batch}: change one of them")
     recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     for key, value in recipe.items():
         if getattr(config, key) is None:
@@ -570,12 +569,10 @@ def set_up_processes():
     given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     if given and len(given) < 4:
         raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
-    store, rank, world_size = dist.HashStore(), 0, 1
-    if given:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of those that died
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store when it restarts the processes, with the addresses of those that died
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
