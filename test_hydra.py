@@ -583,8 +583,8 @@ def test_generation_in_a_batch_equals_one_by_one(world, tokenizer, group):
     model = make_model(world, rank=2).eval()
     questions = data.read_json(world / "questions.jsonl")[:6]
     questions[1]["text"] = "A much longer question: " + questions[1]["text"]
-    together = train.answer(model, tokenizer, questions, world / "images")
-    alone = [train.answer(model, tokenizer, [question], world / "images")[0] for question in questions]
+    together = list(train.answer(model, tokenizer, questions, world / "images"))
+    alone = [next(train.answer(model, tokenizer, [question], world / "images")) for question in questions]
     assert together == alone
 
 

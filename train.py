@@ -30,7 +30,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Config:
     seed: int = flag(0, "of initial weights, data order, dropout and new components")
     resume: bool = flag(False, "continue from the newest checkpoint in --out")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
-    num_workers: int = flag(None, "processes that read images ahead (default: 4 per GPU, 0 without GPU)")
+    num_workers: int = flag(4 * torch.cuda.is_available(), "processes that read images ahead (default: 4 per GPU)")
     log_steps: int = flag(20, "steps between log lines")
     eval_steps: int = flag(None, "steps between evaluations (default: four in a run)")
     save_steps: int = flag(500, "steps between checkpoints")
@@ -159,7 +159,7 @@ def save(config, model, state):
     torch.save(state, buffer := io.BytesIO())  # to a full disk itself it would hide the reason
     with whole(Path(config.out, f"checkpoint-{state['step']}")) as folder:
         folder.mkdir()
-        description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": asdict(config)}
+        description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": vars(config)}
         hydra.write_model(folder, model, description)
         (folder / "trainer.pt").write_bytes(buffer.getbuffer())
     for old in hydra.list_checkpoints(config.out)[: -config.keep]:
@@ -169,7 +169,7 @@ def save(config, model, state):
 def load(checkpoint, config, model, records, optimizer, controller):
     """Put a run of the same flags, data and model back; returns the loop's state."""
     saved = hydra.read_config(checkpoint)["run"]
-    for key, here in asdict(config).items():
+    for key, here in vars(config).items():
         if key not in FREE and (there := saved.get(key)) != here:
             raise Mistake(f"--resume: {checkpoint} was run with --{key} {there}, not {here}; use the same flags")
     hydra.restore(model, checkpoint)
@@ -241,15 +241,16 @@ def as_record(question, label=""):
 
 
 def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_new_tokens=16):
-    """[(question, answer)] of this process's share of the questions, generated in batches."""
-    mine, texts = shard(questions), []
-    samples = make_samples(list(map(as_record, mine)), images, model, tokenizer, "v1", replace=False)
-    for batch in DataLoader(samples, batch_size, num_workers=workers, collate_fn=data.collate,
-                            worker_init_fn=ignore_signals):  # fmt: skip
+    """(question, answer) of each question, generated in rounds: a batch, empty at worst, on every process."""
+    samples = make_samples(list(map(as_record, questions)), images, model, tokenizer, "v1", replace=False)
+    per_round = batch_size * dist.get_world_size()
+    mine = [shard(range(len(questions))[i : i + per_round]) for i in range(0, len(questions), per_round)]
+    options = dict(batch_sampler=mine, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals)
+    for rows, batch in zip(mine, DataLoader(samples, **options)):
         with autocast(model.llm.device):
             ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
-        texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return list(zip(mine, texts))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        yield from gather([(questions[i], text.strip()) for i, text in zip(rows, texts)])
 
 
 def accuracy(answered):
@@ -267,8 +268,7 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
     if questions and step:
         longest = 2 + max(map(len, tokenizer([question["label"] for question in questions]).input_ids))
-        mine = answer(model, tokenizer, questions, config.images, config.num_workers, max_new_tokens=longest)
-        answered = gather(mine)
+        answered = list(answer(model, tokenizer, questions, config.images, config.num_workers, max_new_tokens=longest))
         entry["accuracy"] = accuracy(answered)
         say("    accuracy: " + ", ".join(f"{kind} {value:.2f}" for kind, value in entry["accuracy"].items()))
         for question, text in answered[:3]:
@@ -454,7 +454,7 @@ def run(config):
             loss, targets = loss + batch_loss.detach(), targets + batch_targets
 
         # divided once by its number of targets: how it is split does not matter; DDP averages, hence world_size
-        loss, targets, broken, stop = total(loss, targets, len(bad), bool(stop_signals))
+        loss, targets, seen, broken, stop = total(loss, targets, tokens, len(bad), bool(stop_signals))
         trained = trained_parameters(model)
         torch._foreach_mul_([p.grad for p in trained], world_size / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -486,7 +486,6 @@ def run(config):
             say(describe_event(entry))
             log(**entry)
         if done % config.log_steps == 0 or done == total_steps:
-            (seen,) = total(tokens)
             seconds = time.time() - started
             mean = state["loss"] / max(state["targets"], 1)
             state |= {"loss": 0.0, "targets": 0.0}
@@ -531,11 +530,9 @@ def parse_arguments(words=None):
             data.check_text(value, f"--{name}")
         elif type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_0):
             raise Mistake(f"--{name} {value}: give a positive number")
-    if config.seed >= 10**9:
-        raise Mistake(f"--seed {config.seed}: give a number below 10^9")
-    for name in ("lora_dropout", "warmup_ratio"):
-        if (getattr(config, name) or 0) >= 1:
-            raise Mistake(f"--{name} {getattr(config, name)}: give a share below 1")
+    for name, kind, limit in ("seed", "number", 10**9), ("lora_dropout", "share", 1), ("warmup_ratio", "share", 1):
+        if (getattr(config, name) or 0) >= limit:
+            raise Mistake(f"--{name} {getattr(config, name)}: give a {kind} below {limit:,}")
     return config
 
 
@@ -546,7 +543,6 @@ def complete(config, world_size):
     is_full = config.stage == 2 and config.method == "full"
     recipe["learning_rate"] = LEARNING_RATES[size][2 if is_full else config.stage - 1]
     recipe["out"] = f"runs/{Path(config.model).name}/stage{config.stage}" + f"-{config.method}" * (config.stage == 2)
-    recipe["num_workers"] = 4 * torch.cuda.is_available()
     if size == "tiny":
         recipe["vision_tower"] = str(TOY / "clip")
         if config.data is None:
@@ -559,10 +555,9 @@ def complete(config, world_size):
     own, most = batch // world_size, recipe["per_device_train_batch_size"]
     each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
     passes = passes or own // each
-    if each * passes * world_size != batch:
-        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes"
-        wrong = f"{each * passes * world_size}, not --global_batch_size {batch}"
-        raise Mistake(f"--per_device_train_batch_size {factors} = {wrong}: change one of them")
+    if (product := each * passes * world_size) != batch:
+        factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes = {product}"
+        raise Mistake(f"--per_device_train_batch_size {factors}, not --global_batch_size {batch}: change one of them")
     recipe |= dict(global_batch_size=batch, per_device_train_batch_size=each, gradient_accumulation_steps=passes)
     for key, value in recipe.items():
         if getattr(config, key) is None:
@@ -574,12 +569,10 @@ def set_up_processes():
     given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     if given and len(given) < 4:
         raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
-    store, rank, world_size = dist.HashStore(), 0, 1
-    if given:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of those that died
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store when it restarts the processes, with the addresses of those that died
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -591,16 +584,13 @@ def set_up_processes():
 
 
 class Log:
-    """JSON lines, written by the first process; a last line that a kill cut short is dropped.
+    """JSON lines, written by the first process of one run at a time: the lock ends with the process.
 
-    One run at a time: the lock on the file ends with the process, however that ends.
+    size: bytes that the file had when the checkpoint was written that a run goes on from. What is beyond them, or of
+    a last line that a kill cut short, goes when the first row is written: a run that is refused changes nothing.
     """
 
     def __init__(self, path, size=-1):
-        """size: bytes that the file had when the checkpoint was written that a run goes on from.
-
-        What is beyond them goes when the first row is written: a run that is refused changes nothing.
-        """
         self.rows, self.file = [], None
         if dist.get_rank() > 0:
             return
@@ -753,7 +743,7 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         if dist.get_rank() == 0:
             draw_ranks(controller.history, Path(config.out, "ranks.png"))
     result |= {"seconds": seconds["training"], "device": str(model.llm.device), "torch": torch.__version__}
-    log(step=state["step"], result=result | {"run": asdict(config)})
+    log(step=state["step"], result=result | {"run": vars(config)})
     if state["bad"] or state["skipped"]:
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
         say(f"left out: {counts}; see log.jsonl")
@@ -848,12 +838,10 @@ def run_benchmark(config):
     say(f"{len(questions)} questions, {len(answers)} answered before -> {path}")
     check_prompts(left, model, tokenizer)
     size = config.per_device_train_batch_size or 64
-    chunk = size * dist.get_world_size()
-    for start in tqdm(range(0, len(left), chunk), disable=dist.get_rank() > 0 or None):
-        mine = answer(model, tokenizer, left[start : start + chunk], config.images, config.num_workers or 0, size, 128)
-        for question, text in gather(mine):
-            answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text})
-            log(**answers[-1], **source)
+    answered = answer(model, tokenizer, left, config.images, config.num_workers, size, max_new_tokens=128)
+    for question, text in tqdm(answered, total=len(left), disable=dist.get_rank() > 0 or None):
+        answers.append({"question_id": question["question_id"], "prompt": question["text"], "text": text})
+        log(**answers[-1], **source)
     say(data.score_table(config.benchmark, data.score(config.benchmark, questions, answers)))
 
 
