@@ -392,7 +392,8 @@ class HydraVLM(nn.Module):
         ids = expand(input_ids, 0)
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
-            tokens = self.projector(self.clip(pixel_values.to(device, non_blocking=True)))  # [N, 144, D]
+            features = self.clip(pixel_values.to(device, non_blocking=True))
+            tokens = self.projector(features.to(next(self.projector.parameters()).dtype))  # [N, 144, D]
             tokens = tokens.flatten(0, 1).to(embeddings.dtype)
             embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
         elif self.training:
@@ -559,7 +560,7 @@ class RankController:
         before = ranks = self.ranks()  # [L, 7]
         loss, spectra = look(self.modules, measure)
         entry = {"step": step, "choice": "stay", "probe_loss": loss, "ranks_before": before.tolist()}
-        self.history.append(entry)
+        self.history.append(entry)  # from here on the last but one is the event before
         if spectra:
             ranks = self.decide(before.flatten(), spectra, measure, entry).reshape(before.shape)
         if entry["choice"] == "move":
@@ -864,7 +865,7 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
     origin = {"model": name_or_dir, "vision_tower": vision_tower}
     # a checkpoint names its backbones; a folder's name must mean the same from everywhere
     origin = {key: str(Path(name).resolve() if Path(name).is_dir() else name) for key, name in origin.items()}
-    model = HydraVLM(clip, new.to(dtype), llm, origin | {"fingerprint": fingerprint(clip, llm)}, int(is_trained))
+    model = HydraVLM(clip, new, llm, origin | {"fingerprint": fingerprint(clip, llm)}, int(is_trained))
     if model.context_length <= model.image_tokens:
         sizes = f"a context of {model.context_length}, and an image takes {model.image_tokens}"
         raise Mistake(f"{file}: {sizes}; take a model of a longer context")

@@ -327,7 +327,7 @@ def build_model(config, device):
     if config.stage == 2 and (config.stage1 or model.stage == 0):  # 0: its projector is new
         stage1 = config.stage1 or f"runs/{Path(config.model).name}/stage1"
         if not hydra.find_checkpoint(stage1):
-            words = f"--model {config.model} --out {stage1}"
+            words = shlex.join(["--model", config.model, "--out", stage1])
             raise Mistake(f"--stage 2: no checkpoint in {stage1}; first run: torchrun train.py --stage 1 {words}")
         found = hydra.read_config(stage1)
         kind = model.projector.kind
@@ -336,7 +336,6 @@ def build_model(config, device):
             raise Mistake(f"--stage1 {stage1}: holds {holds}, not stage 1 with {kind}; give its --projector")
         say(f"starting from stage 1's projector: {stage1}")
         hydra.restore(model, stage1)
-    model.projector.float()  # what trains is always fp32
     if config.stage == 2 and config.method != "full":
         scale = config.lora_alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
         hydra.inject_adapters(model.llm, config.lora_rank, scale, config.lora_dropout)
@@ -570,7 +569,7 @@ def set_up_processes():
     if given and len(given) < 4:
         raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
     store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+    if given and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     device = None
