@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import warnings
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -305,13 +306,21 @@ def bounded_batches(samples, most_tokens, image_tokens, padding=True):
     def tokens(sample):
         return len(sample["input_ids"]) + (image_tokens - 1) * (sample["pixel_values"] is not None)
 
-    parts = [[]]
-    for sample in sorted(samples, key=tokens):
-        fits = (len(parts[-1]) + 1) * tokens(sample) <= most_tokens
-        if parts[-1] and not (fits and (padding or tokens(sample) == tokens(parts[-1][0]))):
-            parts.append([])
-        parts[-1].append(sample)
-    return [collate(part) for part in parts]
+    samples = sorted(samples, key=tokens)
+
+    def cut(most):
+        parts = [[]]
+        for sample in samples:
+            fits = (len(parts[-1]) + 1) * tokens(sample) <= most
+            if parts[-1] and not (fits and (padding or tokens(sample) == tokens(parts[-1][0]))):
+                parts.append([])
+            parts[-1].append(sample)
+        return parts
+
+    # the least bound that gives no more parts: 8 and 8 rows run faster, and in less memory, than 15 and 1
+    fewest = len(cut(most_tokens))
+    most = bisect_left(range(most_tokens), True, key=lambda most: len(cut(most)) == fewest)
+    return [collate(part) for part in cut(most)]
 
 
 def count_tokens(batch, image_tokens):

@@ -259,6 +259,7 @@ def test_a_global_batch_is_shared_out_and_cut_into_passes():
     samples = [{"input_ids": [5] * n, "labels": [5] * n, "pixel_values": None} for n in (3, 90, 10, 30, 10)]
     parts = data.bounded_batches(samples, 40, 9)
     assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
+    assert [len(part["labels"]) for part in data.bounded_batches(4 * samples[1:2], 299, 9)] == [2, 2]  # not 3 and 1
     assert len(data.bounded_batches(samples, 1000, 9)) == len(data.bounded_batches([], 40, 9)) == 1
     assert all(part["attention_mask"].all() for part in data.bounded_batches(samples, 1000, 9, padding=False))
 
@@ -2077,6 +2078,7 @@ def speed(argv):
                 for at in controller.event_steps:
                     controller.event(at, lambda: train.held_out_loss(model, probe), optimizer)
                 print(f"{'':24}all rank events on {8 * rows} probe records: {time.perf_counter() - begun:.1f} s")
+                del controller  # with it goes the model, before the next is measured
 
 
 def test_speed_prints_a_table():
