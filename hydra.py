@@ -183,8 +183,8 @@ class HybridLoRALinear(nn.Module):
         r = coarse rank (of the layer) + fine rank (of this projection beyond it, may be negative), at least 1
 
     A component is one row of A with its column of B; ranks move by adding and dropping components. Only the sum of the
-    two ranks matters here: coarse is the layer's mean rank, rounded, fine what this projection has beyond it.
-    B starts at zero, so that the function starts as the base's. The scale belongs to the adapter
+    two ranks matters: coarse is the layer's mean rank, rounded, fine what this projection has beyond it; they are kept
+    to be shown. B starts at zero, so that the function starts as the base's. The scale belongs to the adapter
     and stays when the rank moves: AdaLoRA's author found that rescaling by the new rank hurts.
     """
 
@@ -419,7 +419,7 @@ class HydraVLM(nn.Module):
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each gives its gradient at once; on a GPU the sum is bf16, for the log alone
+        if torch.is_grad_enabled():  # each gives its gradient in this pass; the sum, on a GPU in bf16, is for the log
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -521,17 +521,18 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
 
-    The k-th component of an adapter of rank r is worth σ_k², and one to come σ_r² · r(r + 1) / k(k + 1). What an
-    adapter needs is read from its last component: all its worths are rescaled so that the last one's, per parameter,
-    is the mean over adapters times exp(the deviation that is believed). The budget then goes to the largest worths. So
-    believed deviations alone move ranks: with one of log 4, the third component of an adapter of rank 2 is worth
+    The spectrum says how many components an adapter gets, by_strength which go. The k-th of rank r is worth σ_k², and
+    one to come σ_r² · r(r + 1) / k(k + 1): σ_k² is taken to go on falling like that. What an adapter needs is read
+    from its last component: all its worths are rescaled so that the last one's, per parameter, is the mean over
+    adapters times exp(the deviation that is believed). The budget then goes to the largest worths. So believed
+    deviations alone move ranks: with one of log 4, the third component of an adapter of rank 2 is worth
     4 · (2 · 3) / (3 · 4) = 2 last components of the others, and two of them would make way for it and the fourth.
 
     A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
     probe loss rises by while components are masked; its trust is what added components brought of what they promised.
     All that is remembered is the history, whose entries are logged, too.
 
-    method "hydra"; to compare "dynamic" (without consent) and those of `weaken` (once, without consent).
+    method "hydra"; to compare "dynamic" (without consent) and those of `weaken`, which move once, at 20 % of the steps.
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -560,9 +561,10 @@ class RankController:
         before = ranks = self.ranks()  # [L, 7]
         loss, spectra = look(self.modules, measure)
         entry = {"step": step, "choice": "stay", "probe_loss": loss, "ranks_before": before.tolist()}
-        self.history.append(entry)  # from here on the last but one is the event before
+        previous = self.history[-1]
+        self.history.append(entry)
         if spectra:
-            ranks = self.decide(before.flatten(), spectra, measure, entry).reshape(before.shape)
+            ranks = self.decide(before.flatten(), spectra, measure, entry, previous).reshape(before.shape)
         if entry["choice"] == "move":
             coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS))
             fine = ranks.flatten() - coarse
@@ -572,11 +574,11 @@ class RankController:
         entry |= {"ranks": ranks.tolist(), "parameters": parameters, "budget": self.budget}
         return entry
 
-    def decide(self, before, spectra, measure, entry):
-        """Ranks [L · 7]; what they rest on goes into the entry."""
-        trust = self.trust(measure, entry)
+    def decide(self, before, spectra, measure, entry, previous):
+        """Ranks [L · 7]; what they rest on goes into the entry. previous is the entry of the event before."""
+        trust = self.trust(measure, entry, previous)
         last = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # raw worth of each adapter's last component
-        scale = self.rescaling(np.log(last / self.costs), entry)[:, None]
+        scale = self.rescaling(np.log(last / self.costs), entry, previous)[:, None]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
@@ -601,13 +603,14 @@ class RankController:
         ]  # fmt: skip
         price, error = self.fit("worth")
         _, blind = self.fit("components")
-        # that masking helps is chance
+        # the price is of raw worth, which masking measures; what is to come has no other worth than the rescaled one.
+        # That masking helps is chance.
         gain = price * float(worth[added].sum()) - max(0.0, entry["maskings"][0]["rise"])
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
         loss = entry["probe_loss"]
-        fall = self.history[-2].get("probe_loss", math.nan) - loss
-        # training by itself may bring as much again as since the last look: a move must add to that, and can bring no
-        # more than what that leaves of the loss
+        fall = previous.get("probe_loss", math.nan) - loss
+        # a move must bring more than a tenth of what training by itself brought since the last look, and less than is
+        # left of the loss when training brings that once more
         is_wanted = error < blind and max(0.0, LEAST * fall) < gain < loss - fall
         if self.method == "hydra" and not is_wanted:
             return before
@@ -615,16 +618,15 @@ class RankController:
         entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
         return ranks
 
-    def trust(self, measure, entry):
+    def trust(self, measure, entry, previous):
         """What moves brought as a share of what they promised: the rise without as many components as they added."""
-        previous = self.history[-2]
         if "added" in previous:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
         promised, brought = np.sum(judged or [[1, 1]], axis=0)
         return float(np.clip(brought / max(promised, 1e-12), 0, 4))
 
-    def rescaling(self, log_last, entry):
+    def rescaling(self, log_last, entry, previous):
         """Factors [L · 7] that bring last components' worth per parameter to their mean and deviations to believe.
 
         Of two looks' deviations of one sign the smaller counts, else none: so nothing moves at the first look.
@@ -635,12 +637,15 @@ class RankController:
         deviations = 0
         for level in ("coarse", "fine"):
             now = np.array(entry[level])
-            then = np.array(self.history[-2].get(level, 0))
+            then = np.array(previous.get(level, 0))
             deviations = deviations + now.clip(np.minimum(then, 0), np.maximum(then, 0))
         return np.exp(log_last.mean() + deviations.flatten() - log_last)
 
     def fit(self, column):
-        """(loss per "worth" or per one of "components", its error at maskings left out, as a standard log ratio)."""
+        """(loss per "worth" or per one of "components", its error at maskings left out, as a standard log ratio).
+
+        The first is a least-squares slope, which large rises decide; the second counts small ratios like large ones.
+        """
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x = np.array([masking[column] for masking in maskings])
         y = np.array([masking["rise"] for masking in maskings])

@@ -451,9 +451,9 @@ def test_noise_is_shrunk_away_and_needs_are_not():
 
 def test_equal_needs_stay_however_much_moves_brought(world):
     controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20, method="dynamic")
-    controller.history += [{"judged": [1.0, 4.0]}, {}]  # trust is 4
+    controller.history += [{"judged": [1.0, 4.0]}]  # trust is 4
     before, spectra = controller.ranks().flatten(), [np.full(4, cost**0.5) for cost in controller.costs]
-    assert (controller.decide(before, spectra, None, {}) == before).all()
+    assert (controller.decide(before, spectra, None, {}, {}) == before).all()
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class Config:
     gradient_accumulation_steps: int = flag(None, "forward passes per step")
     global_batch_size: int = flag(None, "samples per step; any two of the three give the third")
     max_tokens_per_pass: int = flag(12288, "a pass of more (rows × longest row) is run in parts, to bound its memory")
-    learning_rate: float = flag(None, "peak of the cosine schedule")
+    learning_rate: float = flag(None, "peak of the cosine schedule (default: by --model; a folder or hub id: 1.7b's)")
     warmup_ratio: float = flag(0.03, "share of the steps in which the rate rises")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     epochs: int = flag(1, "passes over the data")
@@ -217,7 +217,7 @@ def held_out_loss(model, batches):
     return loss / max(targets, 1)
 
 
-def collate(samples, most_tokens, image_tokens):
+def collate_pass(samples, most_tokens, image_tokens):
     """(the batches that a pass is run in, one or more; what was broken in it)"""
     bad = [problem for sample in samples for problem in sample["bad"]]
     return data.bounded_batches(samples, most_tokens, image_tokens), bad
@@ -289,8 +289,9 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    5 % of the records, spread over the file, are held out (at most 256 + a global batch): the rank method measures on
-    the probe records; what is reported, and what learning rates are chosen by, comes from the validation records.
+    5 % of the records, spread over the file, are held out, at most 256 + a global batch (or 32, if that is more): about
+    as many as the latter are probe records, on which the rank method measures; what is reported, and what learning
+    rates are chosen by, comes from the others, the validation records.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
@@ -316,7 +317,7 @@ def read_data(config):
 
 
 def build_model(config, device):
-    """(model, tokenizer): for stage 2 with a trained projector and new adapters; what is frozen in bf16 on a GPU."""
+    """(model, tokenizer), for stage 2 with a trained projector and new adapters; on a GPU what is frozen is bf16."""
     torch.manual_seed(config.seed)
     source = SOURCES.get(config.model, config.model)
     dtype = torch.bfloat16 if device.type == "cuda" and config.method != "full" else torch.float32
@@ -409,8 +410,8 @@ def run(config):
     first = state["step"]
 
     log = Log(log_file, state["log_size"])
-    validation = hold(config, model, samples(validation))
-    probe = hold(config, model, samples(probe)) if controller else []
+    validation_batches = hold(config, model, samples(validation))
+    probe_batches = hold(config, model, samples(probe)) if controller else []
     say(parameter_table(model))
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
         f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records; "
@@ -421,7 +422,7 @@ def run(config):
     loader = iter(DataLoader(
         samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
         batch_sampler=(rows[process] for step in range(first, total_steps) for rows in micro_batches(step)),
-        collate_fn=partial(collate, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
+        collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
     def wrap():
@@ -431,7 +432,7 @@ def run(config):
     ddp, started, tokens, seconds_of_events = wrap(), time.time(), 0, 0.0
     for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=process > 0 or None):
         if step % eval_steps == 0:
-            entry = evaluate(config, model, tokenizer, validation, questions[:120], log, step)
+            entry = evaluate(config, model, tokenizer, validation_batches, questions[:120], log, step)
             state["before"] = state["before"] or entry["held_out_loss"]
         for group in optimizer.param_groups:
             rate = group["lr"] = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
@@ -440,7 +441,7 @@ def run(config):
         # dropout differs between steps and processes, and is the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
         loss, targets, batches, bad = 0.0, 0, [], []
-        for _ in micro_batches(step):
+        for _ in micro_batches(step):  # a pass each
             of_pass, problems = next(loader)
             batches += of_pass
             bad += problems
@@ -476,7 +477,7 @@ def run(config):
             raise Mistake(f"step {done}: no finite gradient for 11 steps; {advice}")
         if controller and done in controller.event_steps:
             since = time.time()
-            entry = controller.event(done, partial(held_out_loss, model, probe), optimizer)
+            entry = controller.event(done, partial(held_out_loss, model, probe_batches), optimizer)
             if len(set(gather([json.dumps(controller.state_dict())]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
@@ -499,9 +500,9 @@ def run(config):
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
             break
-    else:
+    if state["step"] == total_steps:
         seconds = {"training": time.time() - started, "events": seconds_of_events, "in all": time.time() - begun}
-        finish(config, model, tokenizer, train, validation, questions, log, state, controller, seconds)
+        finish(config, model, tokenizer, train, validation_batches, questions, log, state, controller, seconds)
     del ddp  # it holds the process group: freed after the group's end, it was seen to hang at exit
 
 
