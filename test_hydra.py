@@ -1312,6 +1312,7 @@ def test_records_as_users_write_them(tmp_path):
     (dict(seed=2_000_000_000), "--seed 2000000000: give a number below"),
     (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
     (dict(out="caf\udce9"), "--out: holds half of a surrogate pair, or bytes that are no UTF-8"),
+    (dict(out=__file__), "--out .*test_hydra.py: is a file; name a folder"),
 ])  # fmt: skip
 def test_bad_flags(run, changed, message):
     refused(message, run, **changed)

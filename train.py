@@ -562,6 +562,8 @@ def complete(config, world_size):
     for key, value in recipe.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
+    if Path(config.out).is_file():
+        raise Mistake(f"--out {config.out}: is a file; name a folder")
 
 
 def set_up_processes():
