@@ -450,6 +450,7 @@ class HydraVLM(nn.Module):
 # the rank method: signal, coarse and fine, budget, performance model, event
 
 NOISE = 0.6  # standard deviation of log worths between modules that need the same: measured in a laboratory
+NOISES = NOISE / math.sqrt(len(PROJECTIONS)), NOISE  # of a layer's mean, and of a projection in it
 LEAST = 0.1  # what a move has to promise, as a share of what training brought by itself since the last look
 
 
@@ -479,7 +480,8 @@ def look(modules, measure):
     spectra = []
     for module, total in sums.items():
         B = module.scale * module.lora_B.double()
-        total, products = total.cpu(), (B.T @ B).cpu()
+        products = (B.T @ B).cpu()
+        total = total.cpu()
         if dist.is_initialized():
             dist.all_reduce(total)
         squares = torch.linalg.eigvals(total @ products).real  # as of Σ^½ Bᵀ B Σ^½
@@ -495,13 +497,12 @@ def coarse_and_fine(log_worth):
     Returns (coarse [L, 1], fine [L, 7], (spread of each before)). A level keeps the share of its variance that noise
     does not explain (empirical Bayes): where needs are equal nothing is left.
     """
-    layers, width = log_worth.shape
+    layers = len(log_worth)
     layer = log_worth.mean(1, keepdims=True)
     coarse = layer - layer.mean()
     fine = log_worth - layer
     spread = float(coarse.std(ddof=min(1, layers - 1))), float(fine.std(ddof=layers))  # each mean costs a freedom
-    noise = NOISE / math.sqrt(width), NOISE
-    kept = [max(0.0, 1 - (by_chance / max(seen, 1e-9)) ** 2) for by_chance, seen in zip(noise, spread)]
+    kept = [max(0.0, 1 - (by_chance / max(seen, 1e-9)) ** 2) for by_chance, seen in zip(NOISES, spread)]
     return kept[0] * coarse, kept[1] * fine, spread
 
 
@@ -825,8 +826,9 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
                        else its weights, come from vision_tower (default: the one that the config names)
     one of train.py's  on the backbones that it names
 
-    projector is a kind, for a new one, or upstream's mm_projector.bin. Mistake names what is missing, left over,
-    of another shape, or set to what is not supported.
+    projector is a kind, for a new one, or upstream's mm_projector.bin. dtype is that of CLIP and the LLM; projector and
+    adapters, which train, are fp32. Mistake names what is missing, left over, of another shape, or set to what is not
+    supported.
     """
     folder, config = open_folder(name_or_dir)
     file = folder / "config.json"

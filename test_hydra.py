@@ -1869,7 +1869,7 @@ BENCH = "--model bench --lora_rank 32 --lora_alpha 64 --lora_dropout 0.05".split
 
 
 @contextmanager
-def random_weights(name, dtype=None, tokenizer=None):
+def random_weights(name, dtype=None):
     """In here train.build_model makes a model of these shapes instead of loading one."""
     if name not in SHAPES:
         raise data.Mistake(f"--model {name}: only the shapes of {', '.join(SHAPES)} are known here")
@@ -1882,7 +1882,7 @@ def random_weights(name, dtype=None, tokenizer=None):
         projector = hydra.build_projector("ldpnet", vision.hidden_size, llm.hidden_size)
         llm = LlamaForCausalLM._from_config(llm, dtype=dtype or asked)
         # stage 1: as if its projector were trained
-        return hydra.HydraVLM(clip, projector, llm, {"model": name, "fingerprint": 0}, stage=1), tokenizer
+        return hydra.HydraVLM(clip, projector, llm, {"model": name, "fingerprint": 0}, stage=1), None
 
     with patch.object(hydra, "load_checkpoint", load):
         yield
@@ -2069,7 +2069,8 @@ def speed(argv):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             taken = seconds(step)
-            rate, peak = counter.get_total_flops() / taken, on_gpu and torch.cuda.max_memory_allocated() / 1e9
+            rate = counter.get_total_flops() / taken
+            peak = on_gpu and torch.cuda.max_memory_allocated() / 1e9
             print(f"{name:24}{f'{rows} x {length}':>12}{taken:9.4f}{rows / taken:11.1f}{rate / 1e12:9.2f}"
                   f"{100 * rate / most:5.1f} %{peak:7.2f}", flush=True)  # fmt: skip
             if config.method == "hydra" and config.stage == 2 and text == texts[0]:

@@ -750,8 +750,8 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
         say(f"left out: {counts}; see log.jsonl")
     events = 100 * seconds["events"] / max(seconds["training"], 1e-9)
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, on a GPU the GPU's
-    memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else memory
+    of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else of_process
     say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
@@ -774,8 +774,7 @@ def describe_event(entry):
         "judged": "what the last move added brought {judged[1]:+.4f} of {judged[0]:+.4f} promised",
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
-    noise = hydra.NOISE / math.sqrt(len(hydra.PROJECTIONS)), hydra.NOISE
-    said = [words[key].format(**entry, noise=noise) for key in words if key in entry]
+    said = [words[key].format(**entry, noise=hydra.NOISES) for key in words if key in entry]
     text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
     for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
