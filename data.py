@@ -266,6 +266,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         bad = []
         for i in range(len(self.records) if self.replace else 1):
+            # only after the first: an index past the end has to raise, which ends an iteration
             record = self.records[index if i == 0 else (index + i) % len(self.records)]
             try:
                 return self.sample(record) | {"bad": bad}
@@ -297,10 +298,10 @@ def collate(samples):
     }
 
 
-def bounded_batches(samples, most_tokens, image_tokens, padding=True):
+def bounded_batches(samples, most_tokens, image_tokens):
     """The batches that samples are run in: as few as hold at most so many tokens each, rows × longest row.
 
-    A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding; or none is.
+    A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.
     """
 
     def tokens(sample):
@@ -311,8 +312,7 @@ def bounded_batches(samples, most_tokens, image_tokens, padding=True):
     def cut(most):
         parts = [[]]
         for sample in samples:
-            fits = (len(parts[-1]) + 1) * tokens(sample) <= most
-            if parts[-1] and not (fits and (padding or tokens(sample) == tokens(parts[-1][0]))):
+            if parts[-1] and (len(parts[-1]) + 1) * tokens(sample) > most:
                 parts.append([])
             parts[-1].append(sample)
         return parts

@@ -14,13 +14,13 @@ Read this file down to the section comment that says what to skip; then train.py
       -> loss, at the answers' tokens alone
 
     hierarchical   ranks differ between layers (coarse) and between the linears inside a layer (fine)
-    dynamic        ranks move to where the adapters' own spectra say that they are needed, if a performance model,
+    dynamic        ranks move to where the loss needs them, as Adam's second moments tell, if a performance model,
                    fitted during training to measured losses, agrees
     equal budget   never more adapter parameters than LoRA with one rank for all
 
 Written from the paper's abstract and its authors' README, whose ideas these three are; its text was not at hand.
-All else of the rank method is ours: the signal, its shrinkage, the performance model, when events happen, and that
-rows of A start along their input's principal directions. The model is MobileVLM (arXiv 2312.16886).
+All else of the rank method is ours: the signal, how far it is believed, the performance model, when events happen, and
+that rows of A start along their input's principal directions. The model is MobileVLM (arXiv 2312.16886).
 """
 
 import argparse
@@ -449,65 +449,41 @@ class HydraVLM(nn.Module):
 # ------------------------------------------------------------------------------------------
 # the rank method: signal, coarse and fine, budget, performance model, event
 
-NOISE = 0.6  # standard deviation of log worths between modules that need the same: measured in a laboratory
-NOISES = NOISE / math.sqrt(len(PROJECTIONS)), NOISE  # of a layer's mean, and of a projection in it
-LEAST = 0.1  # what a move has to promise, as a share of what training brought by itself since the last look
-
 
 @torch.no_grad()
-def look(modules, measure):
-    """(loss, spectra) from one run over the probe records, which measure() is; the same on all processes.
+def worths(adapter, optimizer):
+    """What an adapter's update is worth to the loss, direction by direction [r], the largest first; in a common unit.
 
-    Spectrum of an adapter [r], largest first: singular values of what its update gives for real inputs x, each as a
-    share of what its base gives: of scale · B · Σ^½ with Σ = sum of A x xᵀ Aᵀ / ‖W x‖² over the tokens.
+    Without the update B A the loss rises, to second order, by half the mean of (gᵀ B A x)², x being an input and g
+    the gradient of its output: by half the sum of squares of Γ^½ B A Σ^½, where Σ is the mean of x xᵀ and Γ
+    that of g gᵀ (K-FAC, arXiv 1503.05671). Of that sum each singular value's square is a direction's part.
+
+    The diagonals stand for Σ and Γ here, and Adam has them: its running mean of A[j, i]'s squared gradients, summed
+    over components j, is Σ[i, i] · |Γ^½ B|², that of B[i, j] is Γ[i, i] · |A Σ^½|². So `left` and `right`
+    both have the norm |Γ^½ B| · |A Σ^½|, and dividing by the product of their norms takes both factors out.
     """
-    # Σ of each adapter; zero where a process has no probe records
-    sums = {m: m.lora_A.new_zeros(m.rank, m.rank, dtype=torch.float64) for m in modules}
-
-    def watch(module, args, y):
-        with torch.autocast(y.device.type, enabled=False):
-            h = args[0].flatten(0, -2).float() @ module.lora_A.T  # [n, r]
-            base = y.flatten(0, -2).float() - module.scale * h @ module.lora_B.T
-            h = h / base.norm(dim=1, keepdim=True).clamp(min=1e-9)
-            sums[module] += (h.T @ h).double()
-
-    hooks = [module.register_forward_hook(watch) for module in modules]
-    loss = measure()
-    for hook in hooks:
-        hook.remove()
-    if not math.isfinite(loss):
-        return loss, []
-    spectra = []
-    for module, total in sums.items():
-        B = module.scale * module.lora_B.double()
-        products = (B.T @ B).cpu()
-        total = total.cpu()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        squares = torch.linalg.eigvals(total @ products).real  # as of Σ^½ Bᵀ B Σ^½
-        spectra.append((squares.clamp(min=0).sqrt().sort(descending=True).values + 1e-12).numpy())
-    if dist.is_initialized():
-        dist.broadcast_object_list(spectra)
-    return loss, spectra
+    of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]
+    of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]
+    right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]
+    left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
+    squares = torch.linalg.svdvals(left @ right.T).square()
+    return (squares / (left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
 
 def coarse_and_fine(log_worth):
-    """Log worths [L, 7] as deviations of layers from the mean and of projections from their layer, less the noise.
-
-    Returns (coarse [L, 1], fine [L, 7], (spread of each before)). A level keeps the share of its variance that noise
-    does not explain (empirical Bayes): where needs are equal nothing is left.
-    """
-    layers = len(log_worth)
+    """Log worths [L, 7] as deviations of layers from the mean [L, 1] and of projections from their layer [L, 7]."""
     layer = log_worth.mean(1, keepdims=True)
-    coarse = layer - layer.mean()
-    fine = log_worth - layer
-    spread = float(coarse.std(ddof=min(1, layers - 1))), float(fine.std(ddof=layers))  # each mean costs a freedom
-    kept = [max(0.0, 1 - (by_chance / max(seen, 1e-9)) ** 2) for by_chance, seen in zip(NOISES, spread)]
-    return kept[0] * coarse, kept[1] * fine, spread
+    return layer - layer.mean(), log_worth - layer
+
+
+def lasting(now, then):
+    """The share of deviations that the look before bears out: the two looks' covariance by the variance now, 0 to 1."""
+    now = np.array(now)
+    return float(np.clip((now * then).sum() / max((now**2).sum(), 1e-12), 0, 1))
 
 
 def fill(worth, costs, budget):
-    """Ranks [M] from 1 on: the components of most worth [M, K] per parameter that fit the budget; none worth 0."""
+    """Ranks [M]: 1 each, then the components of most worth [M, K] per parameter that fit the budget; none worth 0."""
     ranks = np.ones(len(costs), int)
     left = budget - costs.sum()
     value = worth[:, 1:] / costs[:, None]
@@ -520,20 +496,21 @@ def fill(worth, costs, budget):
 
 
 class RankController:
-    """Moves the ranks of a model's adapters during stage 2, on what their spectra say at a few looks.
+    """Moves the ranks of a model's adapters during stage 2, on what their components are worth at a few looks.
 
-    The spectrum says how many components an adapter gets, by_strength which go. The k-th of rank r is worth σ_k², and
-    one to come σ_r² · r(r + 1) / k(k + 1): σ_k² is taken to go on falling like that. What an adapter needs is read
-    from its last component: all its worths are rescaled so that the last one's, per parameter, is the mean over
-    adapters times exp(the deviation that is believed). The budget then goes to the largest worths. So believed
-    deviations alone move ranks: with one of log 4, the third component of an adapter of rank 2 is worth
-    4 · (2 · 3) / (3 · 4) = 2 last components of the others, and two of them would make way for it and the fourth.
+    The worths say how many components an adapter gets, by_strength which go. One to come is worth w_r · r(r + 1) /
+    k(k + 1), k its number and w_r the worth of the last that is there: worths are taken to go on falling like that.
+    How an adapter's last worth per parameter deviates from the others' is believed as far as the look before bears it
+    out, for layers (coarse) and for projections in them (fine) apart: so nothing moves at the first look. The budget
+    then goes to the components of most worth per parameter. An adapter of rank 2 whose last component is worth four
+    times the others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
 
     A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
     probe loss rises by while components are masked; its trust is what added components brought of what they promised.
     All that is remembered is the history, whose entries are logged, too.
 
-    method "hydra"; to compare "dynamic" (without consent) and those of `weaken`, which move once, at 20 % of the steps.
+    method "hydra"; to compare: "dynamic" (without consent), and those of `weaken`, which look at 10 % of the steps and
+    move at 20 %, without consent, too.
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -548,23 +525,22 @@ class RankController:
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
         self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().tolist()}]
 
-    def state_dict(self):
-        return {"history": self.history}
-
-    def load_state_dict(self, state):
-        self.history = state["history"]
-
     def ranks(self):
         return np.array([module.rank for module in self.modules]).reshape(-1, len(PROJECTIONS))
 
     def event(self, step, measure, optimizer):
-        """One rank event; returns its log entry. measure() is the loss on the probe records, equal on all processes."""
+        """One rank event; returns its log entry.
+
+        measure() is the loss on the probe records, equal on all processes; optimizer is Adam or AdamW.
+        """
         before = ranks = self.ranks()  # [L, 7]
-        loss, spectra = look(self.modules, measure)
-        entry = {"step": step, "choice": "stay", "probe_loss": loss, "ranks_before": before.tolist()}
+        entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": before.tolist()}
         previous = self.history[-1]
         self.history.append(entry)
-        if spectra:
+        if math.isfinite(entry["probe_loss"]) and optimizer.state:  # none while every step was skipped
+            spectra = [worths(module, optimizer) for module in self.modules]
+            if dist.is_initialized():  # a decision is made once
+                dist.broadcast_object_list(spectra)
             ranks = self.decide(before.flatten(), spectra, measure, entry, previous).reshape(before.shape)
         if entry["choice"] == "move":
             coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS))
@@ -576,9 +552,9 @@ class RankController:
         return entry
 
     def decide(self, before, spectra, measure, entry, previous):
-        """Ranks [L · 7]; what they rest on goes into the entry. previous is the entry of the event before."""
+        """Ranks [L · 7] from worths [L · 7][r]; what they rest on goes into the entry. previous: the last event's."""
         trust = self.trust(measure, entry, previous)
-        last = np.array([spectrum[-1] ** 2 for spectrum in spectra])  # raw worth of each adapter's last component
+        last = np.array([spectrum[-1] for spectrum in spectra])
         scale = self.rescaling(np.log(last / self.costs), entry, previous)[:, None]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
@@ -586,9 +562,9 @@ class RankController:
         k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
         raw = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
-        raw[there] = np.concatenate(spectra) ** 2
-        # one to come is worth less than the last one is: where all need the same, those that are there stay
-        worth = scale * np.where(there, raw, np.minimum(trust * raw, 0.99 * last[:, None]))
+        raw[there] = np.concatenate(spectra)
+        believed = scale * raw
+        worth = np.where(there, believed, trust * believed)
         ranks = fill(worth * (k <= limit[:, None]), self.costs, self.budget)
         if (ranks == before).all():
             return before
@@ -604,18 +580,22 @@ class RankController:
         ]  # fmt: skip
         price, error = self.fit("worth")
         _, blind = self.fit("components")
-        # the price is of raw worth, which masking measures; what is to come has no other worth than the rescaled one.
-        # That masking helps is chance.
-        gain = price * float(worth[added].sum()) - max(0.0, entry["maskings"][0]["rise"])
+        promised = price * float(believed[added].sum())
+        gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
-        loss = entry["probe_loss"]
+        # Training by itself brought `fall` since the last look, and at that pace brings `coming` until the next. If
+        # that would leave less than the gain, ranks do not bind. Until a move has been judged, gain / fall also has to
+        # pass steps gone / steps left to the last event: the later a first move, the less can be learned from it.
+        step, loss = entry["step"], entry["probe_loss"]
         fall = previous.get("probe_loss", math.nan) - loss
-        # a move must bring more than a tenth of what training by itself brought since the last look, and less than is
-        # left of the loss when training brings that once more
-        is_wanted = error < blind and max(0.0, LEAST * fall) < gain < loss - fall
+        since = step - previous["step"]
+        later = [at for at in self.event_steps if at > step] or [step + since]
+        coming = fall * (later[0] - step) / since
+        is_tried = any("judged" in event for event in self.history)
+        beats = is_tried or gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
+        is_wanted = error < blind and beats and 0 < gain < loss - coming
         if self.method == "hydra" and not is_wanted:
             return before
-        promised = price * float((scale * raw)[added].sum())
         entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
         return ranks
 
@@ -625,27 +605,22 @@ class RankController:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
         promised, brought = np.sum(judged or [[1, 1]], axis=0)
-        return float(np.clip(brought / max(promised, 1e-12), 0, 4))
+        return float(np.clip(brought / max(promised, 1e-12), 0, 1))
 
     def rescaling(self, log_last, entry, previous):
-        """Factors [L · 7] that bring last components' worth per parameter to their mean and deviations to believe.
-
-        Of two looks' deviations of one sign the smaller counts, else none: so nothing moves at the first look.
-        """
-        coarse, fine, entry["spread"] = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
-        coarse, fine = weaken(self.method, coarse, fine, self.seed)
-        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist()}
-        deviations = 0
-        for level in ("coarse", "fine"):
-            now = np.array(entry[level])
-            then = np.array(previous.get(level, 0))
-            deviations = deviations + now.clip(np.minimum(then, 0), np.maximum(then, 0))
-        return np.exp(log_last.mean() + deviations.flatten() - log_last)
+        """Factors [L · 7] that bring the last worths per parameter to what is believed of them."""
+        coarse, fine = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
+        coarse, fine = weaken(self.method, coarse, fine, self.seed)  # hydra's are left as they are
+        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "spread": [float(coarse.std()), float(fine.std())]}
+        entry["lasting"] = [lasting(entry[level], previous.get(level, 0)) for level in ("coarse", "fine")]
+        believed = entry["lasting"][0] * coarse + entry["lasting"][1] * fine
+        return np.exp(log_last.mean() + believed.flatten() - log_last)
 
     def fit(self, column):
-        """(loss per "worth" or per one of "components", its error at maskings left out, as a standard log ratio).
+        """(loss per "worth" or per one of "components", how well that predicts maskings left out, as a log ratio).
 
-        The first is a least-squares slope, which large rises decide; the second counts small ratios like large ones.
+        The first is a least-squares slope, which large rises decide. The second is how much log(rise / column) differs
+        from the others' mean, as a root mean square: there small rises count like large ones.
         """
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x = np.array([masking[column] for masking in maskings])

@@ -261,7 +261,6 @@ def test_a_global_batch_is_shared_out_and_cut_into_passes():
     assert [tuple(part["input_ids"].shape) for part in parts] == [(3, 10), (1, 30), (1, 90)]
     assert [len(part["labels"]) for part in data.bounded_batches(4 * samples[1:2], 299, 9)] == [2, 2]  # not 3 and 1
     assert len(data.bounded_batches(samples, 1000, 9)) == len(data.bounded_batches([], 40, 9)) == 1
-    assert all(part["attention_mask"].all() for part in data.bounded_batches(samples, 1000, 9, padding=False))
 
 
 @pytest.fixture(scope="session")
@@ -437,31 +436,45 @@ def test_budget_is_never_passed_and_used_to_the_last_component():
     assert (ranks == 4).all()
 
 
-def test_noise_is_shrunk_away_and_needs_are_not():
+def test_what_lasts_is_believed_and_what_passes_is_not(world):
+    controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20)
     rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.8 * hydra.NOISE, (24, 7))
-    coarse, fine, _ = hydra.coarse_and_fine(noise)
-    assert abs(coarse).max() < 0.2 and (fine == 0).all()
-    needs = noise.copy()
-    needs[3] += 4  # a layer
-    needs[:, 2] += 3  # a projection in every layer
-    coarse, fine, _ = hydra.coarse_and_fine(needs)
-    assert coarse.argmax() == 3 and coarse[3] > 3 and (fine.argmax(1) == 2).mean() > 0.9
+    needs = np.zeros((2, 7))
+    needs[1] += 3  # a layer
+    needs[:, 2] += 2  # a projection in every layer
+    looks = [(scale * needs + rng.normal(0, 0.2, (2, 7))).flatten() for scale in (1, 1, 0.5, -1)]
+    entries = [{} for _ in looks]
+    factors = [controller.rescaling(look, now, then) for look, now, then in zip(looks, entries, [{}, *entries])]
+    believed = [np.log(f) + look for f, look in zip(factors, looks)]  # a deviation that nothing bore out is gone
+    assert np.allclose(believed[0], looks[0].mean()) and entries[0]["lasting"] == [0, 0]
+    assert np.corrcoef(believed[1], needs.flatten())[0, 1] > 0.98 and min(entries[1]["lasting"]) > 0.9
+    assert np.allclose(believed[2], looks[2])  # less than at the look before: all of it was there
+    assert np.allclose(believed[3], looks[3].mean())
+    noise = [hydra.coarse_and_fine(rng.normal(0, 1, (24, 7)))[1] for _ in range(2)]
+    assert hydra.lasting(*noise) < 0.3
 
 
-def test_equal_needs_stay_however_much_moves_brought(world):
+def test_equal_needs_stay_whatever_one_component_more_would_bring(world):
     controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20, method="dynamic")
-    controller.history += [{"judged": [1.0, 4.0]}]  # trust is 4
-    before, spectra = controller.ranks().flatten(), [np.full(4, cost**0.5) for cost in controller.costs]
+    before, spectra = controller.ranks().flatten(), [np.full(4, float(cost)) for cost in controller.costs]
     assert (controller.decide(before, spectra, None, {}, {}) == before).all()
 
 
-@torch.no_grad()
-def test_spectrum_is_what_the_update_gives_for_real_inputs():
-    adapter, x = make_adapter()
-    loss, (spectrum,) = hydra.look([adapter], lambda: float(adapter(x).sum()))
-    share = (x @ adapter.delta().T / adapter.base(x).norm(dim=-1, keepdim=True)).flatten(0, 1)
-    assert np.allclose(spectrum, torch.linalg.svdvals(share)[:4].numpy(), rtol=1e-4)
+def test_worths_tell_what_masking_costs():
+    """Inputs and gradients with independent entries: worths are, to a factor, what the loss rises by without each."""
+    torch.manual_seed(0)
+    adapter = hydra.HybridLoRALinear(torch.nn.Linear(40, 30, bias=False), 4, 0, 2.0, 0.0)
+    of_inputs, of_outputs = torch.rand(40) + 0.1, torch.rand(30) + 0.1  # standard deviations
+    adapter.lora_B.data.normal_()
+    optimizer = torch.optim.Adam([adapter.lora_A, adapter.lora_B], lr=0.0)
+    for _ in range(2000):
+        x, g = torch.randn(8, 40) * of_inputs, torch.randn(8, 30) * of_outputs
+        optimizer.zero_grad()
+        (adapter(x) * g).sum().backward()
+        optimizer.step()
+    exact = torch.linalg.svdvals(of_outputs[:, None] * adapter.delta() * of_inputs).square()[:4]
+    found = hydra.worths(adapter, optimizer)
+    assert np.allclose(found / found.sum(), (exact / exact.sum()).detach(), rtol=0.1)
 
 
 def test_rank_events_keep_the_invariants(world, tokenizer, group):
@@ -865,8 +878,8 @@ def test_a_step_without_a_finite_gradient_is_left_out(run, tmp_path, monkeypatch
 
 def test_ranks_that_differ_between_processes_stop_the_run(run, monkeypatch):
     gather = train.gather
-    monkeypatch.setattr(hydra.RankController, "state_dict", lambda self: "mine")
-    monkeypatch.setattr(train, "gather", lambda values: gather(values) + ["another's"] * (values == ['"mine"']))
+    is_history = lambda values: '"choice": "start"' in str(values)
+    monkeypatch.setattr(train, "gather", lambda values: gather(values) + ["another's"] * is_history(values))
     refused("step 1: ranks differ between processes", run)
 
 
@@ -1731,7 +1744,8 @@ def test_compare_runs_all_methods_in_pairs(world, stage1):
 #
 # A teacher is a random LLaMA (4 layers, width 48) plus an update of every linear whose singular values are chosen; the
 # student is the same LLaMA without it, and learns from random tokens to give the teacher's probabilities. Worlds:
-#   flat, flat2      every module needs the same: s_k = 1/k; or exactly two components, which is the budget
+#   flat             every module needs the same share of its weight, s_k = 1/k; the loss needs some modules more
+#   flat2            every module needs exactly two components, which is the budget
 #   powerS           s_k = exp(S · N(0, 1)) / k: smooth needs that differ by a log-normal factor
 #   layer            the seven linears of layer 1 need eight components, all others none
 #   proj             q and k of every layer need eight
@@ -1839,13 +1853,14 @@ def lab(argv):
 
 
 def test_ranks_go_where_they_are_needed():
-    """Needed modules end above all others, and the loss below fixed ranks'; equal needs are left."""
+    """Modules in need end above all others, but for q and k, which the loss hardly feels; equal needs stay."""
     for seed in (0, 1):
         loss, ranks, _ = lab_run("layer", "hydra", seed, steps=600)
-        pairs = np.sign(ranks[1][:, None] - np.delete(ranks, 1, 0).flatten())  # needed against not needed
-        assert pairs.mean() > 0.9 and ranks[1].mean() > 2 * np.delete(ranks, 1, 0).mean()
-        assert loss < 0.8 * lab_run("layer", "aligned", seed, steps=600)[0]
-        assert (lab_run("flat", "hydra", seed, steps=200)[1] == 2).all()
+        others = np.delete(ranks, 1, 0)
+        pairs = np.sign(ranks[1, 2:, None] - others.flatten())  # needed against not needed
+        assert pairs.mean() > 0.95 and ranks[1].mean() > 3 * others.mean()
+        assert loss < 0.7 * lab_run("layer", "aligned", seed, steps=600)[0]
+        assert (lab_run("flat2", "hydra", seed, steps=400)[1] == 2).all()
 
 
 @pytest.mark.parametrize("method", RIVALS)

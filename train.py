@@ -109,7 +109,7 @@ RECIPES = {  # of the two stages, MobileVLM's: for a global batch on any number 
 }
 # of stage 1, stage 2, and stage 2 with --method full; tiny's were chosen on held-out loss
 LEARNING_RATES = {"tiny": (7e-3, 2.5e-3, 1e-3), "1.7b": (1e-3, 1e-4, 2e-5), "3b": (1e-3, 2e-4, 4e-5)}
-# what may differ when a run is resumed, whose records and backbones have fingerprints of their own
+# what may differ when a run is resumed: records and backbones are compared by fingerprints instead
 FREE = ("model", "vision_tower", "projector", "data", "images", "questions", "out", "stage1", "resume", "num_workers",
         "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_pass", "gradient_checkpointing",
         "log_steps", "eval_steps", "save_steps", "keep", "max_bad")  # fmt: skip
@@ -181,7 +181,7 @@ def load(checkpoint, config, model, records, optimizer, controller):
         optimizer.param_groups[0]["params"] = trained_parameters(model)
         optimizer.load_state_dict(state.pop("optimizer"))
         if controller:
-            controller.load_state_dict(state.pop("controller"))
+            controller.history = state.pop("controller")
     return state
 
 
@@ -229,8 +229,7 @@ def hold(config, model, samples):
     for problem in gather([sample["bad"][0] for sample in mine if sample["bad"]]):
         say(f"held-out record left out: {problem}")
     mine = [sample for sample in mine if not sample["bad"]]
-    # no padding: the rank method's spectra count every place
-    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens, padding=False) if mine else []
+    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens) if mine else []
 
 
 def as_record(question, label=""):
@@ -289,9 +288,9 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    5 % of the records, spread over the file, are held out, at most 256 + a global batch (or 32, if that is more): about
-    as many as the latter are probe records, on which the rank method measures; what is reported, and what learning
-    rates are chosen by, comes from the others, the validation records.
+    5 % of the records, spread over the file, are held out, at most 256 + G, where G is the global batch, or 32 if that
+    is more. About G of them, at most a third, are the probe, on which the rank method measures; the others are the
+    validation records, which what is reported comes from.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
@@ -396,7 +395,7 @@ def run(config):
     check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
     check_prompts(questions, model, tokenizer)
     if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
-        picked = samples(train[:: -(-len(train) // 64)])  # 64 samples, 32 places of each: 2,048 for up to 128 rows
+        picked = samples(train[:: -(-len(train) // 64)])  # at most 64 samples, 32 places of each: enough for 128 rows
         with autocast(device):
             hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
@@ -478,7 +477,7 @@ def run(config):
         if controller and done in controller.event_steps:
             since = time.time()
             entry = controller.event(done, partial(held_out_loss, model, probe_batches), optimizer)
-            if len(set(gather([json.dumps(controller.state_dict())]))) > 1:
+            if len(set(gather([json.dumps(controller.history)]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
             ddp = wrap()  # sends the first process's new components to all
@@ -495,7 +494,7 @@ def run(config):
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
             state["log_size"] = log.size
-            own = {"optimizer": optimizer.state_dict(), "controller": controller and controller.state_dict()}
+            own = {"optimizer": optimizer.state_dict(), "controller": controller and controller.history}
             save(config, model, state | own)
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
@@ -767,14 +766,14 @@ def describe_event(entry):
     """What a rank event's log entry holds, in words; then the ranks of each layer that it changed, before and after."""
     words = {
         "probe_loss": "probe loss {probe_loss:.4f}",
-        "spread": "coarse spread {spread[0]:.2f} (equal needs: {noise[0]:.2f}), "
-                  "fine spread {spread[1]:.2f} (equal needs: {noise[1]:.2f})",
+        "spread": "coarse spread {spread[0]:.2f} ({lasting[0]:.0%} lasting), "
+                  "fine spread {spread[1]:.2f} ({lasting[1]:.0%} lasting)",
         "predicted_gain": "predicted gain {predicted_gain:+.4f}, log error {error:.2f} at measurements left out "
                           "({error_without_signals:.2f} without signals)",
         "judged": "what the last move added brought {judged[1]:+.4f} of {judged[0]:+.4f} promised",
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
-    said = [words[key].format(**entry, noise=hydra.NOISES) for key in words if key in entry]
+    said = [words[key].format(**entry) for key in words if key in entry]
     text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
     for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
