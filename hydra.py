@@ -478,7 +478,6 @@ def coarse_and_fine(log_worth):
 
 def lasting(now, then):
     """The share of deviations that the look before bears out: the two looks' covariance by the variance now, 0 to 1."""
-    now = np.array(now)
     return float(np.clip((now * then).sum() / max((now**2).sum(), 1e-12), 0, 1))
 
 
@@ -529,10 +528,7 @@ class RankController:
         return np.array([module.rank for module in self.modules]).reshape(-1, len(PROJECTIONS))
 
     def event(self, step, measure, optimizer):
-        """One rank event; returns its log entry.
-
-        measure() is the loss on the probe records, equal on all processes; optimizer is Adam or AdamW.
-        """
+        """A rank event's log entry. measure() is the probe records' loss, equal on all processes; optimizer an Adam."""
         before = ranks = self.ranks()  # [L, 7]
         entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": before.tolist()}
         previous = self.history[-1]
@@ -586,14 +582,14 @@ class RankController:
         # Training by itself brought `fall` since the last look, and at that pace brings `coming` until the next. If
         # that would leave less than the gain, ranks do not bind. Until a move has been judged, gain / fall also has to
         # pass steps gone / steps left to the last event: the later a first move, the less can be learned from it.
-        step, loss = entry["step"], entry["probe_loss"]
+        step = entry["step"]
+        loss = entry["probe_loss"]
         fall = previous.get("probe_loss", math.nan) - loss
-        since = step - previous["step"]
-        later = [at for at in self.event_steps if at > step] or [step + since]
-        coming = fall * (later[0] - step) / since
-        is_tried = any("judged" in event for event in self.history)
-        beats = is_tried or gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
-        is_wanted = error < blind and beats and 0 < gain < loss - coming
+        following = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
+        coming = fall * (following - step) / (step - previous["step"])
+        is_wanted = error < blind and 0 < gain < loss - coming
+        if not any("judged" in event for event in self.history):
+            is_wanted = is_wanted and gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
         if self.method == "hydra" and not is_wanted:
             return before
         entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
@@ -611,9 +607,10 @@ class RankController:
         """Factors [L · 7] that bring the last worths per parameter to what is believed of them."""
         coarse, fine = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
         coarse, fine = weaken(self.method, coarse, fine, self.seed)  # hydra's are left as they are
-        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "spread": [float(coarse.std()), float(fine.std())]}
-        entry["lasting"] = [lasting(entry[level], previous.get(level, 0)) for level in ("coarse", "fine")]
-        believed = entry["lasting"][0] * coarse + entry["lasting"][1] * fine
+        shares = [lasting(coarse, previous.get("coarse", 0)), lasting(fine, previous.get("fine", 0))]
+        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "lasting": shares}
+        entry["spread"] = [float(coarse.std()), float(fine.std())]
+        believed = shares[0] * coarse + shares[1] * fine
         return np.exp(log_last.mean() + believed.flatten() - log_last)
 
     def fit(self, column):
