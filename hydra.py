@@ -19,8 +19,8 @@ Read this file down to the section comment that says what to skip; then train.py
     equal budget   never more adapter parameters than LoRA with one rank for all
 
 Written from the paper's abstract and its authors' README, whose ideas these three are; its text was not at hand.
-All else of the rank method is ours: the signal, how far it is believed, the performance model, when events happen, and
-that rows of A start along their input's principal directions. The model is MobileVLM (arXiv 2312.16886).
+All else of the rank method is ours: the signal, how far it is believed, the performance model, when events happen; but
+for rows of A that start along their input's principal directions (EVA's). The model is MobileVLM (arXiv 2312.16886).
 """
 
 import argparse
