@@ -610,8 +610,8 @@ class RankController:
         shares = [lasting(coarse, previous.get("coarse", 0)), lasting(fine, previous.get("fine", 0))]
         entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "lasting": shares}
         entry["spread"] = [float(coarse.std()), float(fine.std())]
-        believed = shares[0] * coarse + shares[1] * fine
-        return np.exp(log_last.mean() + believed.flatten() - log_last)
+        deviations = shares[0] * coarse + shares[1] * fine
+        return np.exp(log_last.mean() + deviations.flatten() - log_last)
 
     def fit(self, column):
         """(loss per "worth" or per one of "components", how well that predicts maskings left out, as a log ratio).
