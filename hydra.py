@@ -30,7 +30,6 @@ import os
 import sys
 import zipfile
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, TextStreamer, logging
 
 import data
@@ -214,7 +214,9 @@ class HybridLoRALinear(nn.Module):
         rows = x.flatten(0, -2)  # [n, in]
         y = self.base(rows)
         if self.training and self.dropout:
-            h = DropoutLinear.apply(rows, self.lora_A, self.dropout)  # [n, r], keeping little for the backward pass
+            # the backward pass draws dropout's mask again: kept are rows alone, which q, k and v share
+            read = lambda rows, A: F.linear(F.dropout(rows, self.dropout), A)
+            h = checkpoint(read, rows, self.lora_A, use_reentrant=False)  # [n, r]
         else:
             h = F.linear(rows, self.lora_A)
         # in place: no second tensor of y's size
@@ -639,26 +641,8 @@ class RankController:
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Dropout's memory, pretrained parts, checkpoints, export, commands.
+# From here on: skip on a first reading. Pretrained parts, checkpoints, export, commands.
 # ------------------------------------------------------------------------------------------
-
-
-class DropoutLinear(torch.autograd.Function):
-    """linear(dropout(x), A), but only x and the mask are kept: x is there anyway, and shared by q, k and v."""
-
-    @staticmethod
-    def forward(ctx, x, A, p):
-        dropped, mask = torch.native_dropout(x, p, True)
-        ctx.save_for_backward(x, A, mask)
-        ctx.scale = 1 / (1 - p)
-        return F.linear(dropped, A)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, A, mask = ctx.saved_tensors
-        again = partial(torch.ops.aten.native_dropout_backward, mask=mask, scale=ctx.scale)  # one kernel
-        grad_x = again(grad @ A.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        return grad_x, grad.T @ again(x).to(grad.dtype), None
 
 
 def weaken(method, coarse, fine, seed):

@@ -667,9 +667,9 @@ def expected_peak(model, config, device):
     # a trained parameter has a gradient and Adam's two moments in fp32, and a copy for the products
     fixed = sum(p.numel() * (p.element_size() + (12 + e) * p.requires_grad) for p in model.parameters())
     fixed += config.per_device_train_batch_size * model.image_tokens * 64 * e * D  # the projector's maps
-    # what a layer keeps of a token for the backward pass, in results as wide as D and I: counted, with dropout
+    # what a layer keeps of a token for the backward pass, in results as wide as D and I: counted
     plan = config.method if config.stage == 2 else "stage 1"
-    of_D, of_I = {"stage 1": (8, 3), "full": (17, 4)}.get(plan, (13, 4.5))
+    of_D, of_I = {"stage 1": (8, 3), "full": (17, 4)}.get(plan, (10, 4))
     layer = e * (of_D * D + of_I * I)
     if config.gradient_checkpointing:  # each layer's input, and one layer whole when those of the loss are gone
         return fixed, layers * e * D + layer
