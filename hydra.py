@@ -140,35 +140,6 @@ class LDPNet(nn.Module):
         return x.flatten(2).transpose(1, 2)  # [B, P / 4, D]
 
 
-class LDPNetV2(nn.Module):
-    """MobileVLM V2's projector: [B, P, C] -> [B, 144, D], by pooling and a positional convolution."""
-
-    kind = "ldpnetv2"
-
-    def __init__(self, clip_width, llm_width):
-        super().__init__()
-        mlp = nn.Sequential(nn.Linear(clip_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
-        self.mlp = nn.ModuleDict({"mlp": mlp})
-        conv = nn.Conv2d(llm_width, llm_width, 3, padding=1, groups=llm_width)
-        self.peg = nn.ModuleDict({"peg": nn.Sequential(conv)})
-
-    def forward(self, features):
-        x = self.mlp["mlp"](features)  # [B, P, C] -> [B, P, D]
-        x = F.adaptive_avg_pool2d(to_grid(x), 12)  # [B, D, 12, 12]
-        x = x + self.peg["peg"](x)
-        return x.flatten(2).transpose(1, 2)  # [B, 144, D]
-
-
-PROJECTORS = {projector.kind: projector for projector in (LDPNet, LDPNetV2)}
-
-
-def build_projector(kind, clip_width, llm_width):
-    """A new projector; its module names are upstream's, so that mm_projector.bin loads strictly."""
-    if kind not in PROJECTORS:
-        raise Mistake(f"unknown projector {kind!r}; choose from {', '.join(PROJECTORS)}, or give a file")
-    return PROJECTORS[kind](clip_width, llm_width)
-
-
 # ------------------------------------------------------------------------------------------
 # the adapter
 
@@ -373,6 +344,7 @@ class HydraVLM(nn.Module):
 
         input_ids [B, T] with IMAGE_TOKEN once per image, pixel_values [N, 3, H, W] in reading order. Returns
         embeddings [B, T', D], mask [B, T'] and labels [B, T'] or None, padded on the right, on the left for generation.
+        Ids, mask and labels stay on the CPU: to count and to index there waits for no GPU.
         """
         device = self.llm.device
         is_image = input_ids == IMAGE_TOKEN
@@ -472,10 +444,15 @@ def worths(adapter, optimizer):
     return (squares / (left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
 
+def by_layer(values):
+    """[L · 7] -> [L, 7]"""
+    return np.reshape(values, (-1, len(PROJECTIONS)))
+
+
 def coarse_and_fine(log_worth):
-    """Log worths [L, 7] as deviations of layers from the mean [L, 1] and of projections from their layer [L, 7]."""
-    layer = log_worth.mean(1, keepdims=True)
-    return layer - layer.mean(), log_worth - layer
+    """Log worths [L · 7] as deviations of layers from the mean [L, 1] and of projections from their layer [L, 7]."""
+    layer = by_layer(log_worth).mean(1, keepdims=True)
+    return layer - layer.mean(), by_layer(log_worth) - layer
 
 
 def lasting(now, then):
@@ -499,19 +476,17 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their components are worth at a few looks.
 
-    The worths say how many components an adapter gets, by_strength which go. One to come is worth w_r · r(r + 1) /
-    k(k + 1), k its number and w_r the worth of the last that is there: worths are taken to go on falling like that.
-    How an adapter's last worth per parameter deviates from the others' is believed as far as the look before bears it
-    out, for layers (coarse) and for projections in them (fine) apart: so nothing moves at the first look. The budget
-    then goes to the components of most worth per parameter. An adapter of rank 2 whose last component is worth four
-    times the others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
+    Component k, not there yet, is worth w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is there. How
+    an adapter's w_r per parameter deviates from the others' is believed as far as the look before bears it out, for
+    layers (coarse) and projections in them (fine) apart: so nothing moves at the first look. The budget then goes to
+    the components of most worth per parameter. An adapter of rank 2 whose last component is worth four times the
+    others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
 
     A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
     probe loss rises by while components are masked; its trust is what added components brought of what they promised.
     All that is remembered is the history, whose entries are logged, too.
 
-    method "hydra"; to compare: "dynamic" (without consent), and those of `weaken`, which look at 10 % of the steps and
-    move at 20 %, without consent, too.
+    method "hydra"; to compare: "dynamic" (without consent), and those of `weaken` (at two events, without consent).
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -524,29 +499,27 @@ class RankController:
         self.method = method
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
-        self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().tolist()}]
+        self.history = [{"step": 0, "choice": "start", "ranks": by_layer(self.ranks()).tolist()}]
 
     def ranks(self):
-        return np.array([module.rank for module in self.modules]).reshape(-1, len(PROJECTIONS))
+        return np.array([module.rank for module in self.modules])  # [L · 7]
 
     def event(self, step, measure, optimizer):
         """A rank event's log entry. measure() is the probe records' loss, equal on all processes; optimizer an Adam."""
-        before = ranks = self.ranks()  # [L, 7]
-        entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": before.tolist()}
+        before = ranks = self.ranks()
+        entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": by_layer(before).tolist()}
         previous = self.history[-1]
         self.history.append(entry)
         if math.isfinite(entry["probe_loss"]) and optimizer.state:  # none while every step was skipped
             spectra = [worths(module, optimizer) for module in self.modules]
             if dist.is_initialized():  # a decision is made once
                 dist.broadcast_object_list(spectra)
-            ranks = self.decide(before.flatten(), spectra, measure, entry, previous).reshape(before.shape)
+            ranks = self.decide(before, spectra, measure, entry, previous)
         if entry["choice"] == "move":
-            coarse = ranks.mean(1).round().astype(int).repeat(len(PROJECTIONS))
-            fine = ranks.flatten() - coarse
-            for module, *parts in zip(self.modules, coarse.tolist(), fine.tolist()):
-                module.resize(*parts, optimizer)
-        parameters = int(self.costs @ ranks.flatten())
-        entry |= {"ranks": ranks.tolist(), "parameters": parameters, "budget": self.budget}
+            coarse = by_layer(ranks).mean(1).round().astype(int).repeat(len(PROJECTIONS))
+            for module, coarse_rank, rank in zip(self.modules, coarse.tolist(), ranks.tolist()):
+                module.resize(coarse_rank, rank - coarse_rank, optimizer)
+        entry |= {"ranks": by_layer(ranks).tolist(), "parameters": int(self.costs @ ranks), "budget": self.budget}
         return entry
 
     def decide(self, before, spectra, measure, entry, previous):
@@ -585,11 +558,10 @@ class RankController:
         # that would leave less than the gain, ranks do not bind. Until a move has been judged, gain / fall also has to
         # pass steps gone / steps left to the last event: the later a first move, the less can be learned from it.
         step = entry["step"]
-        loss = entry["probe_loss"]
-        fall = previous.get("probe_loss", math.nan) - loss
+        fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
         following = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
         coming = fall * (following - step) / (step - previous["step"])
-        is_wanted = error < blind and 0 < gain < loss - coming
+        is_wanted = error < blind and 0 < gain < entry["probe_loss"] - coming
         if not any("judged" in event for event in self.history):
             is_wanted = is_wanted and gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
         if self.method == "hydra" and not is_wanted:
@@ -607,11 +579,11 @@ class RankController:
 
     def rescaling(self, log_last, entry, previous):
         """Factors [L · 7] that bring the last worths per parameter to what is believed of them."""
-        coarse, fine = coarse_and_fine(log_last.reshape(-1, len(PROJECTIONS)))
+        coarse, fine = coarse_and_fine(log_last)
         coarse, fine = weaken(self.method, coarse, fine, self.seed)  # hydra's are left as they are
         shares = [lasting(coarse, previous.get("coarse", 0)), lasting(fine, previous.get("fine", 0))]
-        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "lasting": shares}
-        entry["spread"] = [float(coarse.std()), float(fine.std())]
+        spread = [float(coarse.std()), float(fine.std())]
+        entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "spread": spread, "lasting": shares}
         deviations = shares[0] * coarse + shares[1] * fine
         return np.exp(log_last.mean() + deviations.flatten() - log_last)
 
@@ -641,8 +613,37 @@ class RankController:
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Pretrained parts, checkpoints, export, commands.
+# From here on: skip on a first reading. The other projector, methods to compare, loading, saving, export, commands.
 # ------------------------------------------------------------------------------------------
+
+
+class LDPNetV2(nn.Module):
+    """MobileVLM V2's projector: [B, P, C] -> [B, 144, D], by pooling and a positional convolution."""
+
+    kind = "ldpnetv2"
+
+    def __init__(self, clip_width, llm_width):
+        super().__init__()
+        mlp = nn.Sequential(nn.Linear(clip_width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        self.mlp = nn.ModuleDict({"mlp": mlp})
+        conv = nn.Conv2d(llm_width, llm_width, 3, padding=1, groups=llm_width)
+        self.peg = nn.ModuleDict({"peg": nn.Sequential(conv)})
+
+    def forward(self, features):
+        x = self.mlp["mlp"](features)  # [B, P, C] -> [B, P, D]
+        x = F.adaptive_avg_pool2d(to_grid(x), 12)  # [B, D, 12, 12]
+        x = x + self.peg["peg"](x)
+        return x.flatten(2).transpose(1, 2)  # [B, 144, D]
+
+
+PROJECTORS = {projector.kind: projector for projector in (LDPNet, LDPNetV2)}
+
+
+def build_projector(kind, clip_width, llm_width):
+    """A new projector; its module names are upstream's, so that mm_projector.bin loads strictly."""
+    if kind not in PROJECTORS:
+        raise Mistake(f"unknown projector {kind!r}; choose from {', '.join(PROJECTORS)}, or give a file")
+    return PROJECTORS[kind](clip_width, llm_width)
 
 
 def weaken(method, coarse, fine, seed):

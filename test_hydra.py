@@ -446,7 +446,7 @@ def test_what_lasts_is_believed_and_what_passes_is_not(world):
 
 def test_equal_needs_stay_whatever_one_component_more_would_bring(world):
     controller = hydra.RankController(make_model(world, rank=4), 4, total_steps=20, method="dynamic")
-    before, spectra = controller.ranks().flatten(), [np.full(4, float(cost)) for cost in controller.costs]
+    before, spectra = controller.ranks(), [np.full(4, float(cost)) for cost in controller.costs]
     assert (controller.decide(before, spectra, None, {}, {}) == before).all()
 
 

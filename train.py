@@ -367,7 +367,7 @@ def run(config):
         signal.signal(number, lambda *_: stop_signals.append(1))
     device = set_up_processes()
     process, world_size = dist.get_rank(), dist.get_world_size()
-    complete(config, world_size)
+    complete(config, world_size)  # what was left open takes the recipe's values
     checkpoint = hydra.find_checkpoint(config.out)
     log_file = Path(config.out, "log.jsonl")
     has_log = log_file.is_file() and log_file.stat().st_size
@@ -408,7 +408,7 @@ def run(config):
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
 
-    log = Log(log_file, state["log_size"])
+    log = Log(log_file, state["log_size"])  # goes on where it was when the checkpoint was saved
     validation_batches = hold(config, model, samples(validation))
     probe_batches = hold(config, model, samples(probe)) if controller else []
     say(parameter_table(model))
