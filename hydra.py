@@ -424,6 +424,9 @@ class HydraVLM(nn.Module):
 # the rank method: signal, coarse and fine, budget, performance model, event
 
 
+TABLE = (-1, len(PROJECTIONS))  # the shape that makes [L, 7] of a list of all adapters [L · 7]
+
+
 @torch.no_grad()
 def worths(adapter, optimizer):
     """What an adapter's update is worth to the loss, direction by direction [r], the largest first; in a common unit.
@@ -442,17 +445,6 @@ def worths(adapter, optimizer):
     left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
     squares = torch.linalg.svdvals(left @ right.T).square()
     return (squares / (left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
-
-
-def by_layer(values):
-    """[L · 7] -> [L, 7]"""
-    return np.reshape(values, (-1, len(PROJECTIONS)))
-
-
-def coarse_and_fine(log_worth):
-    """Log worths [L · 7] as deviations of layers from the mean [L, 1] and of projections from their layer [L, 7]."""
-    layer = by_layer(log_worth).mean(1, keepdims=True)
-    return layer - layer.mean(), by_layer(log_worth) - layer
 
 
 def lasting(now, then):
@@ -499,7 +491,7 @@ class RankController:
         self.method = method
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
         self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
-        self.history = [{"step": 0, "choice": "start", "ranks": by_layer(self.ranks()).tolist()}]
+        self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().reshape(TABLE).tolist()}]
 
     def ranks(self):
         return np.array([module.rank for module in self.modules])  # [L · 7]
@@ -507,8 +499,8 @@ class RankController:
     def event(self, step, measure, optimizer):
         """A rank event's log entry. measure() is the probe records' loss, equal on all processes; optimizer an Adam."""
         before = ranks = self.ranks()
-        entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": by_layer(before).tolist()}
         previous = self.history[-1]
+        entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": previous["ranks"]}
         self.history.append(entry)
         if math.isfinite(entry["probe_loss"]) and optimizer.state:  # none while every step was skipped
             spectra = [worths(module, optimizer) for module in self.modules]
@@ -516,17 +508,18 @@ class RankController:
                 dist.broadcast_object_list(spectra)
             ranks = self.decide(before, spectra, measure, entry, previous)
         if entry["choice"] == "move":
-            coarse = by_layer(ranks).mean(1).round().astype(int).repeat(len(PROJECTIONS))
+            coarse = ranks.reshape(TABLE).mean(1).round().astype(int).repeat(len(PROJECTIONS))
             for module, coarse_rank, rank in zip(self.modules, coarse.tolist(), ranks.tolist()):
                 module.resize(coarse_rank, rank - coarse_rank, optimizer)
-        entry |= {"ranks": by_layer(ranks).tolist(), "parameters": int(self.costs @ ranks), "budget": self.budget}
+        entry |= {"ranks": ranks.reshape(TABLE).tolist(), "parameters": int(self.costs @ ranks), "budget": self.budget}
         return entry
 
     def decide(self, before, spectra, measure, entry, previous):
         """Ranks [L · 7] from worths [L · 7][r]; what they rest on goes into the entry. previous: the last event's."""
         trust = self.trust(measure, entry, previous)
         last = np.array([spectrum[-1] for spectrum in spectra])
-        scale = self.rescaling(np.log(last / self.costs), entry, previous)[:, None]
+        log_last = np.log(last / self.costs)
+        scale = np.exp(self.shrink(log_last, entry, previous) - log_last)[:, None]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
@@ -549,9 +542,9 @@ class RankController:
             {"worth": float(raw[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, nearest)
         ]  # fmt: skip
-        price, error = self.fit("worth")
+        log_price, error = self.fit("worth")
         _, blind = self.fit("components")
-        promised = price * float(believed[added].sum())
+        promised = math.exp(log_price) * float(believed[added].sum())
         gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
         # Training by itself brought `fall` since the last look, and at that pace brings `coming` until the next. If
@@ -577,28 +570,23 @@ class RankController:
         promised, brought = np.sum(judged or [[1, 1]], axis=0)
         return float(np.clip(brought / max(promised, 1e-12), 0, 1))
 
-    def rescaling(self, log_last, entry, previous):
-        """Factors [L · 7] that bring the last worths per parameter to what is believed of them."""
-        coarse, fine = coarse_and_fine(log_last)
-        coarse, fine = weaken(self.method, coarse, fine, self.seed)  # hydra's are left as they are
+    def shrink(self, log_worth, entry, previous):
+        """Log worths [L · 7] whose deviations, coarse (of layers) and fine (in a layer), are shrunk to what lasts."""
+        layer = log_worth.reshape(TABLE).mean(1, keepdims=True)
+        coarse, fine = weaken(self.method, layer - layer.mean(), log_worth.reshape(TABLE) - layer, self.seed)
         shares = [lasting(coarse, previous.get("coarse", 0)), lasting(fine, previous.get("fine", 0))]
         spread = [float(coarse.std()), float(fine.std())]
         entry |= {"coarse": coarse.tolist(), "fine": fine.tolist(), "spread": spread, "lasting": shares}
-        deviations = shares[0] * coarse + shares[1] * fine
-        return np.exp(log_last.mean() + deviations.flatten() - log_last)
+        return log_worth.mean() + (shares[0] * coarse + shares[1] * fine).flatten()
 
     def fit(self, column):
-        """(loss per "worth" or per one of "components", how well that predicts maskings left out, as a log ratio).
-
-        The first is a least-squares slope, which large rises decide. The second is how much log(rise / column) differs
-        from the others' mean, as a root mean square: there small rises count like large ones.
-        """
+        """(loss per "worth" or per one of "components" masked, its error at maskings left out), in logarithms."""
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x = np.array([masking[column] for masking in maskings])
         y = np.array([masking["rise"] for masking in maskings])
         log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # rises span decades: ratios can be told
         left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
-        return float((x * y).sum() / (x * x).sum()), float(np.sqrt((left_out**2).mean()))
+        return float(log.mean()), float(np.sqrt((left_out**2).mean()))
 
     @torch.no_grad()
     def rise_without(self, counts, measure):

@@ -435,13 +435,13 @@ def test_what_lasts_is_believed_and_what_passes_is_not(world):
     needs[:, 2] += 2  # a projection in every layer
     looks = [(scale * needs + rng.normal(0, 0.2, (2, 7))).flatten() for scale in (1, 1, 0.5, -1)]
     entries = [{} for _ in looks]
-    factors = [controller.rescaling(look, now, then) for look, now, then in zip(looks, entries, [{}, *entries])]
-    believed = [np.log(f) + look for f, look in zip(factors, looks)]  # a deviation that nothing bore out is gone
+    # a deviation that nothing bore out is gone
+    believed = [controller.shrink(look, now, then) for look, now, then in zip(looks, entries, [{}, *entries])]
     assert np.allclose(believed[0], looks[0].mean()) and entries[0]["lasting"] == [0, 0]
     assert np.corrcoef(believed[1], needs.flatten())[0, 1] > 0.98 and min(entries[1]["lasting"]) > 0.9
     assert np.allclose(believed[2], looks[2])  # less than at the look before: all of it was there
     assert np.allclose(believed[3], looks[3].mean())
-    assert hydra.lasting(*(hydra.coarse_and_fine(noise)[1] for noise in rng.normal(0, 1, (2, 24, 7)))) < 0.3
+    assert hydra.lasting(*rng.normal(0, 1, (2, 24, 7))) < 0.3
 
 
 def test_equal_needs_stay_whatever_one_component_more_would_bring(world):
