@@ -107,9 +107,9 @@ def encode_conversation(conversations, tokenizer, template):
 
     template "plain" (stage 1): BOS <image> caption "\\n"; the human turn is dropped.
     template "v1" (stage 2): SYSTEM USER: question ASSISTANT: answer</s>USER: ...; the targets are
-    each answer and its </s>. A conversation that ends with a question is a prompt: its ids end
-    with "ASSISTANT:", as with an empty answer, which is no target. (MobileVLM then masks the record's
-    other answers too, and those to an empty question; here they are targets.)
+    each answer and its </s>. A conversation that ends with a question, or with an empty answer, is a prompt:
+    its ids end with "ASSISTANT:". (MobileVLM then masks the record's other answers too, and those to an empty
+    question; here they are targets.)
     """
 
     def encode(text):
@@ -124,7 +124,7 @@ def encode_conversation(conversations, tokenizer, template):
         prompts = ["<image>"]
         answers = [encode(conversations[1]["value"] + "\n")]
     else:
-        prompts = [SYSTEM + " "]  # one before each answer, and the rest: what no </s> parts is encoded together
+        prompts = [SYSTEM + " "]  # prompts[i] is all text before answers[i], and the last what is left
         answers = []
         for turn in conversations:
             text = turn["value"]
@@ -266,7 +266,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         bad = []
         for i in range(len(self.records) if self.replace else 1):
-            # only after the first: an index past the end has to raise, which ends an iteration
+            # the first index as it is, so that one past the end raises IndexError, which ends an iteration
             record = self.records[index if i == 0 else (index + i) % len(self.records)]
             try:
                 return self.sample(record) | {"bad": bad}

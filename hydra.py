@@ -14,8 +14,8 @@ Read this file down to the section comment that says what to skip; then train.py
       -> loss, at the answers' tokens alone
 
     hierarchical   ranks differ between layers (coarse) and between the linears inside a layer (fine)
-    dynamic        ranks move to where the loss needs them, as Adam's second moments tell, if a performance model,
-                   fitted during training to measured losses, agrees
+    dynamic        ranks move during training to where Adam's second moments say that the loss needs them; a
+                   performance model, fitted to losses measured by then, can veto
     equal budget   never more adapter parameters than LoRA with one rank for all
 
 Written from the paper's abstract and its authors' README, whose ideas these three are; its text was not at hand.
@@ -393,7 +393,7 @@ class HydraVLM(nn.Module):
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
         # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each gives its gradient in this pass; the sum, on a GPU in bf16, is for the log
+        if torch.is_grad_enabled():  # each piece's gradient is made in the forward pass; the sum is for the log alone
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -429,15 +429,15 @@ TABLE = (-1, len(PROJECTIONS))  # the shape that makes [L, 7] of a list of all a
 
 @torch.no_grad()
 def worths(adapter, optimizer):
-    """What an adapter's update is worth to the loss, direction by direction [r], the largest first; in a common unit.
+    """What an adapter's update is worth to the loss: the squared singular values [r] of Γ^½ B A Σ^½, largest first.
 
     Without the update B A the loss rises, to second order, by half the mean of (gᵀ B A x)², x being an input and g
-    the gradient of its output: by half the sum of squares of Γ^½ B A Σ^½, where Σ is the mean of x xᵀ and Γ
-    that of g gᵀ (K-FAC, arXiv 1503.05671). Of that sum each singular value's square is a direction's part.
+    the gradient of its output: by half the sum of those squares, Σ being the mean of x xᵀ and Γ that of g gᵀ
+    (K-FAC, arXiv 1503.05671). The unit is the same for all adapters.
 
-    The diagonals stand for Σ and Γ here, and Adam has them: its running mean of A[j, i]'s squared gradients, summed
-    over components j, is Σ[i, i] · |Γ^½ B|², that of B[i, j] is Γ[i, i] · |A Σ^½|². So `left` and `right`
-    both have the norm |Γ^½ B| · |A Σ^½|, and dividing by the product of their norms takes both factors out.
+    Σ and Γ are taken as diagonal, and Adam has them: its running mean of A[j, i]'s squared gradients, summed over
+    components j, is Σ[i, i] · |Γ^½ B|², that of B[i, j] is Γ[i, i] · |A Σ^½|². So `left` and `right` are
+    Γ^½ B and Σ^½ Aᵀ times the other's norm; division by the product of their own norms takes both out.
     """
     of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]
     of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]
@@ -448,12 +448,12 @@ def worths(adapter, optimizer):
 
 
 def lasting(now, then):
-    """The share of deviations that the look before bears out: the two looks' covariance by the variance now, 0 to 1."""
+    """The share of deviations that the look before bears out: their covariance / the variance now, 0 to 1."""
     return float(np.clip((now * then).sum() / max((now**2).sum(), 1e-12), 0, 1))
 
 
 def fill(worth, costs, budget):
-    """Ranks [M]: 1 each, then the components of most worth [M, K] per parameter that fit the budget; none worth 0."""
+    """Ranks [M]: 1 each, then the components of most worth [M, K] per parameter that fit the budget, if not worth 0."""
     ranks = np.ones(len(costs), int)
     left = budget - costs.sum()
     value = worth[:, 1:] / costs[:, None]
@@ -468,17 +468,17 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their components are worth at a few looks.
 
-    Component k, not there yet, is worth w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is there. How
-    an adapter's w_r per parameter deviates from the others' is believed as far as the look before bears it out, for
-    layers (coarse) and projections in them (fine) apart: so nothing moves at the first look. The budget then goes to
-    the components of most worth per parameter. An adapter of rank 2 whose last component is worth four times the
-    others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
+    The worths say how many components an adapter gets, by_strength which go. Component k, not there yet, is worth
+    w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is there. How w_r per parameter deviates from the
+    other adapters' is believed as far as the look before bears it out, for layers (coarse) and projections in them
+    (fine) apart: so nothing moves at the first look. The components of most worth per parameter get the budget: an
+    adapter of rank 2 whose last is worth four times the others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of
+    theirs, and a fourth; two of them make way.
 
     A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
     probe loss rises by while components are masked; its trust is what added components brought of what they promised.
-    All that is remembered is the history, whose entries are logged, too.
-
-    method "hydra"; to compare: "dynamic" (without consent), and those of `weaken` (at two events, without consent).
+    All that is remembered is the history, whose entries are logged, too. method "hydra"; to compare, without consent:
+    "dynamic", and those of `weaken`, at two events.
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -519,15 +519,15 @@ class RankController:
         trust = self.trust(measure, entry, previous)
         last = np.array([spectrum[-1] for spectrum in spectra])
         log_last = np.log(last / self.costs)
-        scale = np.exp(self.shrink(log_last, entry, previous) - log_last)[:, None]
+        correction = np.exp(self.shrink(log_last, entry, previous) - log_last)  # of all worths of an adapter [L · 7]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
         k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
-        raw = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
-        raw[there] = np.concatenate(spectra)
-        believed = scale * raw
+        measured = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
+        measured[there] = np.concatenate(spectra)
+        believed = correction[:, None] * measured
         worth = np.where(there, believed, trust * believed)
         ranks = fill(worth * (k <= limit[:, None]), self.costs, self.budget)
         if (ranks == before).all():
@@ -536,10 +536,9 @@ class RankController:
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        # a second masking, for the price: the last component of each adapter that is to grow
-        nearest = (k == before[:, None]) & (before < ranks)[:, None]
+        nearest = (k == before[:, None]) & (before < ranks)[:, None]  # masked for the price: the last of what grows
         entry["maskings"] = [
-            {"worth": float(raw[part].sum()), "components": int(part.sum()),
+            {"worth": float(measured[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, nearest)
         ]  # fmt: skip
         log_price, error = self.fit("worth")
@@ -554,16 +553,16 @@ class RankController:
         fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
         following = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
         coming = fall * (following - step) / (step - previous["step"])
-        is_wanted = error < blind and 0 < gain < entry["probe_loss"] - coming
-        if not any("judged" in event for event in self.history):
-            is_wanted = is_wanted and gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
-        if self.method == "hydra" and not is_wanted:
+        ranks_bind = 0 < gain < entry["probe_loss"] - coming
+        was_judged = any("judged" in event for event in self.history)
+        is_early = gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
+        if self.method == "hydra" and not (error < blind and ranks_bind and (was_judged or is_early)):
             return before
         entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
         return ranks
 
     def trust(self, measure, entry, previous):
-        """What moves brought as a share of what they promised: the rise without as many components as they added."""
+        """What moves brought as a share of what they promised: the rise without as many, the weakest, as they added."""
         if "added" in previous:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
@@ -580,7 +579,7 @@ class RankController:
         return log_worth.mean() + (shares[0] * coarse + shares[1] * fine).flatten()
 
     def fit(self, column):
-        """(loss per "worth" or per one of "components" masked, its error at maskings left out), in logarithms."""
+        """(mean log of the rise per "worth" or per one of "components" masked, its RMS error at maskings left out)."""
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x = np.array([masking[column] for masking in maskings])
         y = np.array([masking["rise"] for masking in maskings])

@@ -77,8 +77,8 @@ class Config:
     lora_alpha: float = flag(None, "adapters' scale is lora_alpha / lora_rank, and stays when ranks move")
     lora_dropout: float = flag(None, "dropout before the adapters")
     use_rslora: bool = flag(False, "scale lora_alpha / √lora_rank instead")
-    per_device_train_batch_size: int = flag(None, "samples per process and forward pass")
-    gradient_accumulation_steps: int = flag(None, "forward passes per step")
+    per_device_train_batch_size: int = flag(None, "samples per process and pass")
+    gradient_accumulation_steps: int = flag(None, "passes per step")
     global_batch_size: int = flag(None, "samples per step; any two of the three give the third")
     max_tokens_per_pass: int = flag(12288, "a pass of more (rows × longest row) is run in parts, to bound its memory")
     learning_rate: float = flag(None, "peak of the cosine schedule (default: by --model; a folder or hub id: 1.7b's)")
@@ -288,8 +288,8 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    5 % of the records, spread over the file, are held out, at most 256 + G, where G is the global batch, or 32 if that
-    is more. About G of them, at most a third, are the probe, on which the rank method measures; the others are the
+    min(5 %, 256 + G) of the records, spread over the file, are held out, G being the global batch, or 32 if that is
+    more. Of these about G, at most every third, are the probe, on which the rank method measures; the others are the
     validation records, which what is reported comes from.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
@@ -319,7 +319,8 @@ def build_model(config, device):
     """(model, tokenizer), for stage 2 with a trained projector and new adapters; on a GPU what is frozen is bf16."""
     torch.manual_seed(config.seed)
     source = SOURCES.get(config.model, config.model)
-    dtype = torch.bfloat16 if device.type == "cuda" and config.method != "full" else torch.float32
+    is_full = config.stage == 2 and config.method == "full"
+    dtype = torch.bfloat16 if device.type == "cuda" and not is_full else torch.float32
     model, tokenizer = hydra.load_checkpoint(source, config.vision_tower, config.projector, dtype)
     if model.stage == 2:
         words = f"python hydra.py export {source} --format mobilevlm --to DIR"
@@ -391,11 +392,11 @@ def run(config):
     # model, optimizer, rank controller, and the state to go on from
     model, tokenizer = build_model(config, device)
     template = "plain" if config.stage == 1 else "v1"
-    samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
+    as_samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
     check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
     check_prompts(questions, model, tokenizer)
     if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
-        picked = samples(train[:: -(-len(train) // 64)])  # at most 64 samples, 32 places of each: enough for 128 rows
+        picked = as_samples(train[:: -(-len(train) // 64)])  # at most 64, 32 places of each: enough for 128 rows
         with autocast(device):
             hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
@@ -409,8 +410,8 @@ def run(config):
     first = state["step"]
 
     log = Log(log_file, state["log_size"])  # goes on where it was when the checkpoint was saved
-    validation_batches = hold(config, model, samples(validation))
-    probe_batches = hold(config, model, samples(probe)) if controller else []
+    validation_batches = hold(config, model, as_samples(validation))
+    probe_batches = hold(config, model, as_samples(probe)) if controller else []
     say(parameter_table(model))
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
         f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records; "
@@ -419,7 +420,8 @@ def run(config):
 
     # the loop
     loader = iter(DataLoader(
-        samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+        as_samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
         batch_sampler=(rows[process] for step in range(first, total_steps) for rows in micro_batches(step)),
         collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
@@ -436,11 +438,11 @@ def run(config):
         for group in optimizer.param_groups:
             rate = group["lr"] = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
 
-        # gradients of the loss, summed over the global batch;
+        # gradients of the loss, summed over the global batch: of its passes, each run in one batch or more
         # dropout differs between steps and processes, and is the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
         loss, targets, batches, bad = 0.0, 0, [], []
-        for _ in micro_batches(step):  # a pass each
+        for _ in micro_batches(step):
             of_pass, problems = next(loader)
             batches += of_pass
             bad += problems
