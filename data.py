@@ -1048,6 +1048,8 @@ def one_line(main):
         sys.stdout.flush()
     except BrokenPipeError:  # of `... | head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it
     except (Mistake, OSError) as error:
         text = str(error).rpartition("data.Mistake: ")[2]  # a reading process's comes at the end of its traceback
         *before, last = (text.strip() or repr(error)).splitlines()

@@ -70,7 +70,6 @@ HERE = Path(__file__).parent
 # ---------------------------------------------------------------------------------------------
 # a world small enough for tests: untrained backbones, a hundred pictures
 
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with clip/, llm/ and the toy world's files, all tiny."""
@@ -161,7 +160,6 @@ def refused(message, function, *args, **options):
 # ---------------------------------------------------------------------------------------------
 # upstream's own outputs
 
-
 @needs_reference
 @pytest.mark.parametrize("kind", ["ldpnet", "ldpnetv2"])
 def test_projector_matches_upstream(kind):
@@ -200,7 +198,6 @@ def test_checkpoint_matches_upstream():
 
 # ---------------------------------------------------------------------------------------------
 # data
-
 
 @pytest.mark.parametrize("answer", ["", "word " * 10**6, "naïve 東京 \x00", "a </s> b", "USER: </s> ASSISTANT: <s>"])
 def test_answers_of_all_kinds(world, tokenizer, answer):
@@ -345,7 +342,6 @@ def test_pixels_are_upstreams(size, mode):
 
 # ---------------------------------------------------------------------------------------------
 # the adapter and its rank
-
 
 @torch.no_grad()
 def test_an_adapter_is_its_base_and_a_sum_of_components():
@@ -515,7 +511,6 @@ def test_optimizer_state_moves_with_the_components():
 # ---------------------------------------------------------------------------------------------
 # the model
 
-
 @torch.no_grad()
 def test_splice_puts_image_tokens_in_place(world, tokenizer):
     model = make_model(world)
@@ -598,7 +593,6 @@ def test_only_the_intended_parameters_get_gradients(world, tokenizer, stage, met
 
 # ---------------------------------------------------------------------------------------------
 # the commands
-
 
 def flags(world, runs, stage=2, **changed):
     """Command line of a run on the test world; a flag set to None is left away, to True stands alone."""
@@ -848,11 +842,18 @@ def test_a_step_without_a_finite_gradient_is_left_out(run, tmp_path, monkeypatch
         run(out=tmp_path / "none", learning_rate=1e30, max_grad_norm=1e30)
 
 
-def test_ranks_that_differ_between_processes_stop_the_run(run, monkeypatch):
+@pytest.mark.parametrize("sign, message", [
+    ('"choice": "start"', "step 1: ranks differ between processes"), ("[(0, '", "not the same for all processes"),
+])  # fmt: skip
+def test_processes_that_differ_stop_the_run(run, monkeypatch, sign, message):
     gather = train.gather
-    is_history = lambda values: '"choice": "start"' in str(values)
-    monkeypatch.setattr(train, "gather", lambda values: gather(values) + ["another's"] * is_history(values))
-    refused("step 1: ranks differ between processes", run)
+    monkeypatch.setattr(train, "gather", lambda values: gather(values) + ["another's"] * (sign in str(values)))
+    refused(message, run)
+
+
+def test_a_full_gpu_is_said_in_a_line(run, monkeypatch):
+    monkeypatch.setattr(train, "run", Mock(side_effect=torch.OutOfMemoryError))
+    refused("the GPU's memory is full: lower --max_tokens_per_pass", run)
 
 
 def test_eval_answers_and_scores(run, world, stage1, stage2, tmp_path):
@@ -901,7 +902,6 @@ def test_a_card_too_small_is_refused_with_the_numbers(world, stage1, group, monk
 
 # ---------------------------------------------------------------------------------------------
 # chat and exports
-
 
 @pytest.fixture(scope="session")
 def uneven(stage2):
@@ -1075,7 +1075,6 @@ def test_published_layout_goes_through_both_stages_and_out(run, tmp_path):
 # ---------------------------------------------------------------------------------------------
 # benchmarks
 
-
 def answers_to(questions, *texts):
     """Answers in LLaVA's format."""
     pairs = zip(questions, texts, strict=True)
@@ -1219,7 +1218,6 @@ def test_a_cut_answers_file(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # bad input: one line that names it, exit code 2
 
-
 @pytest.mark.parametrize("content, message", [
     ({"a": 1}, "list of records"),
     ([], "list of records"),
@@ -1280,6 +1278,7 @@ def test_records_as_users_write_them(tmp_path):
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
     (dict(max_tokens_per_pass=0), "--max_tokens_per_pass 0: give a positive number"),
+    (dict(checkpoint="runs/a"), "--checkpoint: is for --stage eval alone"),
     (dict(seed=2_000_000_000), "--seed 2000000000: give a number below"),
     (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
     (dict(out="caf\udce9"), "--out: holds half of a surrogate pair, or bytes that are no UTF-8"),
@@ -1303,7 +1302,8 @@ def test_a_run_is_not_overwritten_and_another_not_continued(run, world, tmp_path
         refused(message, run, **changed, **other)
     write(tmp_path / "log" / "log.jsonl", [{"mine": 1}])
     refused("holds a run", run, **changed, out=tmp_path / "log")
-    write(tmp_path / "records.json", records[::-1])
+    records[-1]["conversations"][1]["value"] += "!"  # held out
+    write(tmp_path / "records.json", records)
     refused("the records of --data .*records.json are not those", run, **changed, resume=True)
     code = type("Code", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "made by code"),))})()
     torch.save({"progress": code}, hydra.find_checkpoint(tmp_path / "out") / "trainer.pt")
@@ -2047,7 +2047,6 @@ def test_speed_prints_a_table():
 
 # ------------------------------------------------------------------------------------------
 # bench: our step beside the usual one, each in a process of its own
-
 
 def random_samples(count, stage):
     """Of random ids: stage 1 captions of about 25 tokens; stage 2 answers, median 150, log-normal, after 30 tokens."""

@@ -86,7 +86,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     epochs: int = flag(1, "passes over the data")
     max_steps: int = flag(None, "stop after so many steps, the schedule shortened to fit")
-    seed: int = flag(0, "of initial weights, data order, dropout and new components")
+    seed: int = flag(0, "of initial weights, data order and dropout")
     resume: bool = flag(False, "continue from the newest checkpoint in --out")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
     num_workers: int = flag(4 * torch.cuda.is_available(), "processes that read images ahead (default: 4 per GPU)")
@@ -404,10 +404,12 @@ def run(config):
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed, config.method)
     state = {"step": 0, "before": None, "loss": 0.0, "targets": 0.0, "skipped": 0, "in_a_row": 0, "bad": [],
-             "records": data.fingerprint(train), "log_size": 0}  # fmt: skip
+             "records": data.fingerprint(train + probe + validation), "log_size": 0}  # fmt: skip
     if checkpoint:
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
+    if len(set(gather([(first, state["records"])]))) > 1:
+        raise Mistake(f"--out {config.out}, --data: not the same for all processes; give folders that nodes share")
 
     log = Log(log_file, state["log_size"])  # goes on where it was when the checkpoint was saved
     validation_batches = hold(config, model, as_samples(validation))
@@ -435,8 +437,8 @@ def run(config):
         if step % eval_steps == 0:
             entry = evaluate(config, model, tokenizer, validation_batches, questions[:120], log, step)
             state["before"] = state["before"] or entry["held_out_loss"]
-        for group in optimizer.param_groups:
-            rate = group["lr"] = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
+        rate = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
+        optimizer.param_groups[0]["lr"] = rate
 
         # gradients of the loss, summed over the global batch: of its passes, each run in one batch or more
         # dropout differs between steps and processes, and is the same again after a resume
@@ -525,6 +527,9 @@ def parse_arguments(words=None):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         parser.add_argument(f"--{f.name}", **(kind | f.metadata))
     config = Config(**vars(parser.parse_args(words)))
+    for f in fields(Config):
+        if f.metadata["help"].startswith("eval:") and getattr(config, f.name) and config.stage != "eval":
+            raise Mistake(f"--{f.name}: is for --stage eval alone; a run goes on with --out and --resume")
     may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
     for name, value in vars(config).items():
         if type(value) is str:
@@ -576,9 +581,8 @@ def set_up_processes():
     if given and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    device = None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device:
         torch.cuda.set_device(device)
     # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
     backend = "cpu:gloo,cuda:nccl" if device else "gloo"
@@ -590,7 +594,7 @@ class Log:
     """JSON lines, written by the first process of one run at a time: the lock ends with the process.
 
     size: bytes that the file had when the checkpoint was written that a run goes on from. What is beyond them, or of
-    a last line that a kill cut short, goes when the first row is written: a run that is refused changes nothing.
+    a last line that a kill cut short, goes when the first row is written: a run that is refused loses nothing.
     """
 
     def __init__(self, path, size=-1):
@@ -849,7 +853,11 @@ def run_benchmark(config):
 
 def main():
     config = parse_arguments()
-    (run_benchmark if config.stage == "eval" else run)(config)
+    try:
+        (run_benchmark if config.stage == "eval" else run)(config)
+    except torch.OutOfMemoryError as error:
+        advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
+        raise Mistake(f"the GPU's memory is full: {advice}") from error
     dist.barrier()
     dist.destroy_process_group()
 
