@@ -427,13 +427,12 @@ class HydraVLM(nn.Module):
 TABLE = (-1, len(PROJECTIONS))  # the shape that makes [L, 7] of a list of all adapters [L · 7]
 
 
-@torch.no_grad()
 def worths(adapter, optimizer):
     """What an adapter's update is worth to the loss: the squared singular values [r] of Γ^½ B A Σ^½, largest first.
 
     Without the update B A the loss rises, to second order, by half the mean of (gᵀ B A x)², x being an input and g
     the gradient of its output: by half the sum of those squares, Σ being the mean of x xᵀ and Γ that of g gᵀ
-    (K-FAC, arXiv 1503.05671). The unit is the same for all adapters.
+    (K-FAC, arXiv 1503.05671). The unit is the same for all adapters and at all steps.
 
     Σ and Γ are taken as diagonal, and Adam has them: its running mean of A[j, i]'s squared gradients, summed over
     components j, is Σ[i, i] · |Γ^½ B|², that of B[i, j] is Γ[i, i] · |A Σ^½|². So `left` and `right` are
@@ -444,7 +443,8 @@ def worths(adapter, optimizer):
     right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]
     left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
     squares = torch.linalg.svdvals(left @ right.T).square()
-    return (squares / (left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
+    unbiased = 1 - optimizer.defaults["betas"][1] ** optimizer.state[adapter.lora_B]["step"]  # Adam's means start at 0
+    return (squares / (unbiased * left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
 
 def lasting(now, then):
@@ -475,10 +475,9 @@ class RankController:
     adapter of rank 2 whose last is worth four times the others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of
     theirs, and a fourth; two of them make way.
 
-    A performance model has to consent. It turns worth into loss: its price, loss per worth, is fitted to what the
-    probe loss rises by while components are masked; its trust is what added components brought of what they promised.
-    All that is remembered is the history, whose entries are logged, too. method "hydra"; to compare, without consent:
-    "dynamic", and those of `weaken`, at two events.
+    A performance model has to consent. Its price, loss per worth, is fitted to what the probe loss rises by while
+    components are masked; its trust is what added components brought of what they promised. The history is all that
+    is remembered. method "hydra"; to compare, without consent: "dynamic", and at two events those of `weaken`.
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
@@ -496,6 +495,7 @@ class RankController:
     def ranks(self):
         return np.array([module.rank for module in self.modules])  # [L · 7]
 
+    @torch.no_grad()
     def event(self, step, measure, optimizer):
         """A rank event's log entry. measure() is the probe records' loss, equal on all processes; optimizer an Adam."""
         before = ranks = self.ranks()
@@ -587,7 +587,6 @@ class RankController:
         left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
         return float(log.mean()), float(np.sqrt((left_out**2).mean()))
 
-    @torch.no_grad()
     def rise_without(self, counts, measure):
         """What the probe loss rises by while so many of each adapter's components are masked, those to drop first."""
         masked = [(module, n, module.lora_B.clone()) for module, n in zip(self.modules, counts) if n]

@@ -459,8 +459,9 @@ def test_worths_tell_what_masking_costs():
         (adapter(x) * g).sum().backward()
         optimizer.step()
     exact = torch.linalg.svdvals(of_outputs[:, None] * adapter.delta() * of_inputs).square()[:4]
-    found = hydra.worths(adapter, optimizer)
-    assert np.allclose(found / found.sum(), (exact / exact.sum()).detach(), rtol=0.1)
+    with torch.no_grad():
+        found = hydra.worths(adapter, optimizer)
+    assert np.allclose(found, 8 * exact.detach(), rtol=0.1)  # eight rows
 
 
 def test_rank_events_keep_the_invariants(world, tokenizer, group):
