@@ -443,8 +443,9 @@ def worths(adapter, optimizer):
     right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]
     left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
     squares = torch.linalg.svdvals(left @ right.T).square()
-    unbiased = 1 - optimizer.defaults["betas"][1] ** optimizer.state[adapter.lora_B]["step"]  # Adam's means start at 0
-    return (squares / (unbiased * left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
+    # Adam's means start at 0
+    bias_correction = 1 - optimizer.defaults["betas"][1] ** optimizer.state[adapter.lora_B]["step"]
+    return (squares / (bias_correction * left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
 
 def lasting(now, then):
