@@ -56,7 +56,7 @@ hub_logging.set_verbosity_error()
 
 
 class CLIPEncoder(nn.Module):
-    """Patch features of a frozen CLIP: [B, 3, H, W] -> [B, P, C], P patches in reading order.
+    """Patch features of a frozen CLIPVisionModel: [B, 3, H, W] -> [B, P, C], P patches in reading order.
 
     MobileVLM reads the last hidden state but one, so the last layer is kept but never run.
     """
@@ -151,12 +151,11 @@ class HybridLoRALinear(nn.Module):
         x [.., in] ─────┤                                       + ──> y [.., out]
                         └─ dropout ─ A [r, in] ─ B [out, r] ·scale ┘
 
-        r = coarse rank (of the layer) + fine rank (of this projection beyond it, may be negative), at least 1
-
-    A component is one row of A with its column of B; ranks move by adding and dropping components. Only the sum of the
-    two ranks matters: coarse is the layer's mean rank, rounded, fine what this projection has beyond it; they are kept
-    to be shown. B starts at zero, so that the function starts as the base's. The scale belongs to the adapter
-    and stays when the rank moves: AdaLoRA's author found that rescaling by the new rank hurts.
+    A component is one row of A with its column of B; the rank r, at least 1, moves by adding and dropping components.
+    It is kept as coarse rank (the layer's mean, rounded) + fine rank (what this projection has beyond it, may be
+    negative), which is bookkeeping: what is coarse and fine in a decision is in RankController.shrink. B starts at
+    zero, so that the function starts as the base's. The scale belongs to the adapter and stays when the rank moves:
+    AdaLoRA's author found that rescaling by the new rank hurts.
     """
 
     def __init__(self, base, coarse_rank, fine_rank=0, scale=2.0, dropout=0.05):
@@ -182,15 +181,15 @@ class HybridLoRALinear(nn.Module):
         return min(self.base.in_features, self.base.out_features)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)  # [n, in]
-        y = self.base(rows)
+        tokens = x.flatten(0, -2)  # [n, in]
+        y = self.base(tokens)
         if self.training and self.dropout:
-            # the backward pass draws dropout's mask again: kept are rows alone, which q, k and v share
-            read = lambda rows, A: F.linear(F.dropout(rows, self.dropout), A)
-            h = checkpoint(read, rows, self.lora_A, use_reentrant=False)  # [n, r]
+            # kept for the backward pass are the tokens, which q, k and v share; dropout's mask is drawn again
+            read = lambda tokens, A: F.linear(F.dropout(tokens, self.dropout), A)
+            h = checkpoint(read, tokens, self.lora_A, use_reentrant=False)  # [n, r]
         else:
-            h = F.linear(rows, self.lora_A)
-        # in place: no second tensor of y's size
+            h = F.linear(tokens, self.lora_A)
+        # in place, since the base's backward pass does not need y: no second tensor of its size
         return y.addmm_(h, self.lora_B.T.to(y.dtype), alpha=self.scale).view(*x.shape[:-1], -1)
 
     def delta(self):
@@ -261,6 +260,7 @@ PROJECTIONS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+TABLE = (-1, len(PROJECTIONS))  # the shape that makes [L, 7] of a list of all adapters [L · 7]
 
 
 def inject_adapters(llm, rank, scale, dropout=0.05):
@@ -363,7 +363,7 @@ class HydraVLM(nn.Module):
             out[mask] = values.flatten().repeat_interleave(places.flatten())
             return out
 
-        ids = expand(input_ids, 0)
+        ids = expand(input_ids, 0)  # the image's get any embedding, in whose place its tokens come
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
             features = self.clip(pixel_values.to(device, non_blocking=True))
@@ -392,8 +392,8 @@ class HydraVLM(nn.Module):
         where = (targets != IGNORE).nonzero().squeeze(1)
         targets = targets[where].to(hidden.device)  # [targets]
         hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
-        # in pieces: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # each piece's gradient is made in the forward pass; the sum is for the log alone
+        # in pieces of 1,024 targets: [targets, vocabulary] is never whole
+        if torch.is_grad_enabled():  # the forward pass makes each piece's gradient, too; the backward pass scales it
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()
@@ -424,26 +424,22 @@ class HydraVLM(nn.Module):
 # the rank method: signal, coarse and fine, budget, performance model, event
 
 
-TABLE = (-1, len(PROJECTIONS))  # the shape that makes [L, 7] of a list of all adapters [L · 7]
-
-
 def worths(adapter, optimizer):
     """What an adapter's update is worth to the loss: the squared singular values [r] of Γ^½ B A Σ^½, largest first.
 
     Without the update B A the loss rises, to second order, by half the mean of (gᵀ B A x)², x being an input and g
-    the gradient of its output: by half the sum of those squares, Σ being the mean of x xᵀ and Γ that of g gᵀ
-    (K-FAC, arXiv 1503.05671). The unit is the same for all adapters and at all steps.
+    the gradient of its output: with x and g independent, by half the sum of those squares, Σ being the mean of x xᵀ
+    and Γ that of g gᵀ (K-FAC, arXiv 1503.05671). What all adapters share (½, batch, clipping) the price takes up.
 
     Σ and Γ are taken as diagonal, and Adam has them: its running mean of A[j, i]'s squared gradients, summed over
-    components j, is Σ[i, i] · |Γ^½ B|², that of B[i, j] is Γ[i, i] · |A Σ^½|². So `left` and `right` are
-    Γ^½ B and Σ^½ Aᵀ times the other's norm; division by the product of their own norms takes both out.
+    components j, is Σ[i, i] · b², that of B[i, j] is Γ[i, i] · a², where a = |A Σ^½| and b = |Γ^½ B|. So
+    `left` is a · Γ^½ B, `right` is b · Σ^½ Aᵀ, both of norm a · b. (Gradients hold the adapter's scale.)
     """
     of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]
     of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]
     right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]
     left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
     squares = torch.linalg.svdvals(left @ right.T).square()
-    # Adam's means start at 0
     bias_correction = 1 - optimizer.defaults["betas"][1] ** optimizer.state[adapter.lora_B]["step"]
     return (squares / (bias_correction * left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
@@ -454,7 +450,7 @@ def lasting(now, then):
 
 
 def fill(worth, costs, budget):
-    """Ranks [M]: 1 each, then the components of most worth [M, K] per parameter that fit the budget, if not worth 0."""
+    """Ranks [M]: 1 each, then the components of most worth [M, K], falling along K, per parameter, if not worth 0."""
     ranks = np.ones(len(costs), int)
     left = budget - costs.sum()
     value = worth[:, 1:] / costs[:, None]
@@ -469,12 +465,12 @@ def fill(worth, costs, budget):
 class RankController:
     """Moves the ranks of a model's adapters during stage 2, on what their components are worth at a few looks.
 
-    The worths say how many components an adapter gets, by_strength which go. Component k, not there yet, is worth
-    w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is there. How w_r per parameter deviates from the
-    other adapters' is believed as far as the look before bears it out, for layers (coarse) and projections in them
-    (fine) apart: so nothing moves at the first look. The components of most worth per parameter get the budget: an
-    adapter of rank 2 whose last is worth four times the others' gets a third, worth 4 · (2 · 3) / (3 · 4) = 2 of
-    theirs, and a fourth; two of them make way.
+    The worths say how many components an adapter gets, by_strength which go: its n weakest are taken to be worth the n
+    smallest. Component k, not there yet, is worth w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is
+    there. How w_r per parameter deviates from the other adapters' is believed as far as the look before bears it out,
+    for layers (coarse) and projections in them (fine) apart: so nothing moves at the first look. The components of most
+    worth per parameter get the budget: an adapter of rank 2 whose last is worth four times the others' gets a third,
+    worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
 
     A performance model has to consent. Its price, loss per worth, is fitted to what the probe loss rises by while
     components are masked; its trust is what added components brought of what they promised. The history is all that
@@ -490,7 +486,7 @@ class RankController:
         self.seed = seed
         self.method = method
         events = self.EVENTS if method in ("hydra", "dynamic") else self.EVENTS[1:3]
-        self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]
+        self.event_steps = [max(i, round(at * total_steps)) for i, at in enumerate(events, 1)]  # a step for each
         self.history = [{"step": 0, "choice": "start", "ranks": self.ranks().reshape(TABLE).tolist()}]
 
     def ranks(self):
@@ -502,7 +498,7 @@ class RankController:
         before = ranks = self.ranks()
         previous = self.history[-1]
         entry = {"step": step, "choice": "stay", "probe_loss": measure(), "ranks_before": previous["ranks"]}
-        self.history.append(entry)
+        self.history.append(entry)  # below, `fit` and `rise_without` read it there
         if math.isfinite(entry["probe_loss"]) and optimizer.state:  # none while every step was skipped
             spectra = [worths(module, optimizer) for module in self.modules]
             if dist.is_initialized():  # a decision is made once
@@ -526,44 +522,47 @@ class RankController:
         limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
         k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
-        measured = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))
-        measured[there] = np.concatenate(spectra)
-        believed = correction[:, None] * measured
-        worth = np.where(there, believed, trust * believed)
-        ranks = fill(worth * (k <= limit[:, None]), self.costs, self.budget)
+        raw = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))  # extrapolated from the last
+        raw[there] = np.concatenate(spectra)
+        believed = correction[:, None] * raw
+        offered = np.where(there, believed, trust * believed) * (k <= limit[:, None])
+        ranks = fill(offered, self.costs, self.budget)
         if (ranks == before).all():
             return before
 
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        nearest = (k == before[:, None]) & (before < ranks)[:, None]  # masked for the price: the last of what grows
+        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # for what is to come: the last one there
         entry["maskings"] = [
-            {"worth": float(measured[part].sum()), "components": int(part.sum()),
-             "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, nearest)
+            {"worth": float(raw[part].sum()), "components": int(part.sum()),
+             "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, stand_in)
         ]  # fmt: skip
         log_price, error = self.fit("worth")
         _, blind = self.fit("components")
         promised = math.exp(log_price) * float(believed[added].sum())
         gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
-        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
-        # Training by itself brought `fall` since the last look, and at that pace brings `coming` until the next. If
-        # that would leave less than the gain, ranks do not bind. Until a move has been judged, gain / fall also has to
-        # pass steps gone / steps left to the last event: the later a first move, the less can be learned from it.
+
+        # the consent; training by itself brought `fall` since the last look, and goes on at that pace
         step = entry["step"]
         fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
-        following = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
-        coming = fall * (following - step) / (step - previous["step"])
-        ranks_bind = 0 < gain < entry["probe_loss"] - coming
-        was_judged = any("judged" in event for event in self.history)
-        is_early = gain * (self.event_steps[-1] - step) > max(fall, 0.0) * step
-        if self.method == "hydra" and not (error < blind and ranks_bind and (was_judged or is_early)):
+        next_look = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
+        left_then = entry["probe_loss"] - fall * (next_look - step) / (step - previous["step"])
+        is_first = not any("judged" in event for event in self.history)
+        share_left = (self.event_steps[-1] - step) / step  # the later a first move, the less can be learned from it
+        entry["vetoes"] = {
+            "worths tell no more than a count of components": not error < blind,
+            "no gain, or more than the loss left at the next look": not 0 < gain < left_then,
+            "too little gain for a first move as late as this": is_first and not gain * share_left > max(fall, 0.0),
+        }
+        entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
+        if self.method == "hydra" and any(entry["vetoes"].values()):
             return before
         entry |= {"choice": "move", "added": added.sum(1).tolist(), "promised": promised}
         return ranks
 
     def trust(self, measure, entry, previous):
-        """What moves brought as a share of what they promised: the rise without as many, the weakest, as they added."""
+        """The share of its promise that a move keeps. What it brought is the rise without as many as it added."""
         if "added" in previous:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
@@ -580,13 +579,13 @@ class RankController:
         return log_worth.mean() + (shares[0] * coarse + shares[1] * fine).flatten()
 
     def fit(self, column):
-        """(mean log of the rise per "worth" or per one of "components" masked, its RMS error at maskings left out)."""
+        """(log price of rise = price · "worth" or "components" masked, its RMS error at maskings left out)."""
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
-        x = np.array([masking[column] for masking in maskings])
-        y = np.array([masking["rise"] for masking in maskings])
-        log = np.log(np.maximum(y, 1e-3 * abs(y).max() + 1e-12) / x)  # rises span decades: ratios can be told
-        left_out = (log - log.mean()) * len(log) / max(len(log) - 1, 1)  # each from the mean of the others
-        return float(log.mean()), float(np.sqrt((left_out**2).mean()))
+        x, rise = np.array([(masking[column], masking["rise"]) for masking in maskings]).T
+        floor = 1e-3 * abs(rise).max() + 1e-12  # by chance a rise may be below 0, and have no logarithm
+        log_price = np.log(np.maximum(rise, floor) / x)
+        left_out = (log_price - log_price.mean()) * len(x) / max(len(x) - 1, 1)  # each from the mean of the others
+        return float(log_price.mean()), float(np.sqrt((left_out**2).mean()))
 
     def rise_without(self, counts, measure):
         """What the probe loss rises by while so many of each adapter's components are masked, those to drop first."""

@@ -384,7 +384,7 @@ def run(config):
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     eval_steps = config.eval_steps or math.ceil(total_steps / 4)
 
-    def micro_batches(step):
+    def passes_of(step):
         """Record indices of one step: [passes][processes] lists."""
         epoch, i = divmod(step, steps_per_epoch)
         return data.micro_batches(epoch_batches(epoch)[i], config.per_device_train_batch_size, world_size)
@@ -396,7 +396,7 @@ def run(config):
     check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
     check_prompts(questions, model, tokenizer)
     if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
-        picked = as_samples(train[:: -(-len(train) // 64)])  # at most 64, 32 places of each: enough for 128 rows
+        picked = as_samples(train[:: math.ceil(len(train) / 64)])  # at most 64, of each 32 places: enough for r = 128
         with autocast(device):
             hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
@@ -424,7 +424,7 @@ def run(config):
     loader = iter(DataLoader(
         as_samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
-        batch_sampler=(rows[process] for step in range(first, total_steps) for rows in micro_batches(step)),
+        batch_sampler=(rows[process] for step in range(first, total_steps) for rows in passes_of(step)),
         collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
@@ -440,25 +440,26 @@ def run(config):
         rate = config.learning_rate * schedule(step, total_steps, config.warmup_ratio)
         optimizer.param_groups[0]["lr"] = rate
 
-        # gradients of the loss, summed over the global batch: of its passes, each run in one batch or more
-        # dropout differs between steps and processes, and is the same again after a resume
+        # dropout follows from seed, step and process: the same again after a resume
         torch.manual_seed((config.seed * 10**6 + step) * 10**4 + process)
+
+        # this process's passes, each run in one batch or more; their gradients add up
         loss, targets, batches, bad = 0.0, 0, [], []
-        for _ in micro_batches(step):
+        for _ in passes_of(step):
             of_pass, problems = next(loader)
             batches += of_pass
             bad += problems
         for i, batch in enumerate(batches, 1):
             tokens += int(data.count_tokens(batch, model.image_tokens).sum())
-            ddp.require_backward_grad_sync = i == len(batches)  # one exchange per step
+            ddp.require_backward_grad_sync = i == len(batches)  # as no_sync() does it: one exchange per step
             with autocast(device):
                 batch_loss, batch_targets = ddp(**batch)
             batch_loss.backward()
             loss, targets = loss + batch_loss.detach(), targets + batch_targets
 
-        # divided once by its number of targets: how it is split does not matter; DDP averages, hence world_size
         loss, targets, seen, broken, stop = total(loss, targets, tokens, len(bad), bool(stop_signals))
         trained = trained_parameters(model)
+        # from what DDP gives, the mean over processes of sums, to the mean over all targets of the global batch
         torch._foreach_mul_([p.grad for p in trained], world_size / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         is_finite = math.isfinite(norm)  # the same on all processes, which have exchanged their gradients
@@ -475,7 +476,7 @@ def run(config):
         if broken:
             report_broken(config, state, gather(bad), len(train), log)
         if state["in_a_row"] > 10:
-            names = [train[i].get("id", i) for rows in micro_batches(step) for i in sum(rows, [])]
+            names = [train[i].get("id", i) for rows in passes_of(step) for i in sum(rows, [])]
             advice = f"lower --learning_rate, or look at records {names}"
             raise Mistake(f"step {done}: no finite gradient for 11 steps; {advice}")
         if controller and done in controller.event_steps:
@@ -780,6 +781,7 @@ def describe_event(entry):
         "budget": "{parameters:,} of {budget:,} parameters",
     }  # fmt: skip
     said = [words[key].format(**entry) for key in words if key in entry]
+    said += [f"against it: {reason}" for reason, holds in entry.get("vetoes", {}).items() if holds]
     text = "; ".join([f"rank event at step {entry['step']}: {entry['choice']}", *said])
     for layer, (before, after) in enumerate(zip(entry.get("ranks_before", ()), entry["ranks"])):
         if before != after:
