@@ -543,7 +543,7 @@ class RankController:
         promised = math.exp(log_price) * float(believed[added].sum())
         gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
 
-        # the consent; training by itself brought `fall` since the last look, and goes on at that pace
+        # the consent; at its pace since the last look training alone comes down to `left_then`: no move can gain more
         step = entry["step"]
         fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
         next_look = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
