@@ -508,7 +508,7 @@ def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
     questions = read_benchmark("vqa", path)
-    for image in {question["image"] for question in questions}:
+    for image in {question["image"] for question in questions if question["image"]}:
         open_image(images, image)  # not to be found out in the middle of a run
     return questions
 
@@ -656,7 +656,7 @@ def read_sqa(path):
 def read_mmbench(path, instruction):
     """MMBench's table of tab-separated values; a rotated copy may give the index of the row with its image."""
     csv.field_size_limit(2**27)  # an image is one field, the default limit 128 KiB
-    with reading(path), open(path, newline="", encoding="utf-8") as file:
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file, delimiter="\t")
         rows = list(table)
     if missing := [column for column in MMBENCH if column not in (table.fieldnames or ())]:
@@ -701,7 +701,7 @@ def find_labels(name, questions, path):
             rows = read_rows(path / f"coco_pope_{category}.json", fields)
         else:
             with reading(path / f"{category}.txt"):
-                lines = (path / f"{category}.txt").read_text(encoding="utf-8").strip().split("\n")
+                lines = (path / f"{category}.txt").read_text(encoding="utf-8-sig").strip().split("\n")
                 rows = [dict(zip(fields, line.strip().split("\t"), strict=True)) for line in lines]
         labels[category] = {key(row): row["label"] for row in rows}
     return [labels[q["category"]].get(key(q)) for q in questions]
@@ -1063,7 +1063,7 @@ def show(data, images, tokenizer, template, count):
     if not Path(tokenizer).is_dir():
         raise Mistake(f"--tokenizer {tokenizer}: no such folder; first run train.py --stage 1, or name another")
     tokenizer = load_tokenizer(tokenizer)
-    template = template or ("v1" if len(records[0]["conversations"]) > 2 else "plain")
+    template = template or ("v1" if len(records[0]["conversations"]) > 2 or "image" not in records[0] else "plain")
     for record in records[:count]:
         input_ids, labels = encode_conversation(record["conversations"], tokenizer, template)
         targets = sum(label != IGNORE for label in labels)

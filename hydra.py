@@ -897,6 +897,8 @@ def check_trained(model, name):
 def export(checkpoint, format, to, dtype="float32", padded=False, force=False, vision_tower=None):
     """Write a checkpoint in the layout of another tool: whole or not at all. force replaces what an export wrote."""
     to = Path(to)
+    if padded and format != "peft":
+        raise Mistake("--padded: is for --format peft alone")
     if to.exists() and not force:
         raise Mistake(f"{to}: exists; name another folder, or add --force to replace an export in it")
     if to.exists():
@@ -908,7 +910,7 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
     check_trained(model, checkpoint)
     modules = adapters(model)
     if format == "peft" and not modules:
-        raise Mistake(f"{checkpoint}: has no adapters; give a run of stage 2")
+        raise Mistake(f"{checkpoint}: has no adapters; give a run of stage 2 with some, or --format hf or mobilevlm")
     if format != "peft":
         for name, module in modules.items():
             module.base.weight.data += module.delta()

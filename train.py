@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
@@ -328,7 +329,7 @@ def build_model(config, device):
     if config.stage == 2 and (config.stage1 or model.stage == 0):  # 0: its projector is new
         stage1 = config.stage1 or f"runs/{Path(config.model).name}/stage1"
         if not hydra.find_checkpoint(stage1):
-            words = shlex.join(["--model", config.model, "--out", stage1])
+            words = shlex.join([*model_flags(config, config.projector), "--out", stage1])
             raise Mistake(f"--stage 2: no checkpoint in {stage1}; first run: torchrun train.py --stage 1 {words}")
         found = hydra.read_config(stage1)
         kind = model.projector.kind
@@ -371,9 +372,11 @@ def run(config):
     complete(config, world_size)  # what was left open takes the recipe's values
     checkpoint = hydra.find_checkpoint(config.out)
     log_file = Path(config.out, "log.jsonl")
-    has_log = log_file.is_file() and log_file.stat().st_size
-    if (checkpoint or has_log) and not config.resume:
+    logged = log_file.read_bytes() if log_file.is_file() else b""
+    if (checkpoint or logged) and not config.resume:
         raise Mistake(f"--out {config.out}: holds a run; add --resume to continue it, or name another folder")
+    if not b'{"step"'.startswith(logged[:7]):
+        raise Mistake(f"{log_file}: is no log of a run; name another folder")
     if config.resume and not checkpoint:
         say(f"--resume: no checkpoint in {config.out} yet, starting from the beginning")
 
@@ -531,11 +534,12 @@ def parse_arguments(words=None):
     for f in fields(Config):
         if f.metadata["help"].startswith("eval:") and getattr(config, f.name) and config.stage != "eval":
             raise Mistake(f"--{f.name}: is for --stage eval alone; a run goes on with --out and --resume")
-    may_be_0 = ("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad")
+    may_be = dict.fromkeys(("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad"), 0)
+    may_be["max_grad_norm"] = math.inf
     for name, value in vars(config).items():
         if type(value) is str:
             data.check_text(value, f"--{name}")
-        elif type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_0):
+        elif type(value) in (int, float) and not (0 < value < math.inf or value == may_be.get(name)):
             raise Mistake(f"--{name} {value}: give a positive number")
     for name, kind, limit in ("seed", "number", 10**9), ("lora_dropout", "share", 1), ("warmup_ratio", "share", 1):
         if (getattr(config, name) or 0) >= limit:
@@ -560,8 +564,8 @@ def complete(config, world_size):
     each, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
     batch = config.global_batch_size or (each or 0) * (passes or 0) * world_size or recipe["global_batch_size"]
     own, most = batch // world_size, recipe["per_device_train_batch_size"]
-    each = each or (own // passes if passes else max(n for n in range(1, most + 1) if own % n == 0))
-    passes = passes or own // each
+    each = each or (max(1, own // passes) if passes else max(n for n in range(1, most + 1) if own % n == 0))
+    passes = passes or max(1, own // each)
     if (product := each * passes * world_size) != batch:
         factors = f"{each} × --gradient_accumulation_steps {passes} × {world_size} processes = {product}"
         raise Mistake(f"--per_device_train_batch_size {factors}, not --global_batch_size {batch}: change one of them")
@@ -571,6 +575,8 @@ def complete(config, world_size):
             setattr(config, key, value)
     if Path(config.out).is_file():
         raise Mistake(f"--out {config.out}: is a file; name a folder")
+    if Path(config.out, "config.json").is_file():
+        raise Mistake(f"--out {config.out}: is a checkpoint or a model; name the folder of a run")
 
 
 def set_up_processes():
@@ -723,6 +729,13 @@ def blind_answers(records, questions):
     return [(question, counts[key].most_common(1)[0][0]) for question, key in zip(questions, known)]
 
 
+def model_flags(config, projector):
+    """The flags that name the model, as the user gave them, with this projector, if any."""
+    tower = config.vision_tower if config.model != "tiny" else None
+    flags = {"--model": config.model, "--vision_tower": tower, "--projector": projector}
+    return [word for flag, value in flags.items() if value for word in (flag, value)]
+
+
 def test_loss(config, model, tokenizer, questions):
     """{kind: loss per target token} of the right answers to the questions, and "all"."""
     sums = {}
@@ -762,8 +775,8 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
     if config.stage == 1:
-        kind = ["--projector", model.projector.kind] if config.projector else []
-        words = ["torchrun", "train.py", "--stage", "2", "--model", config.model, *kind, "--stage1", config.out]
+        named = model_flags(config, config.projector and model.projector.kind)
+        words = ["torchrun", "train.py", "--stage", "2", *named, "--stage1", config.out]
     else:
         words = ["python", "hydra.py", "chat", config.out, "--image", "FILE"]
     say("next: " + shlex.join(words))
@@ -857,7 +870,11 @@ def main():
     config = parse_arguments()
     try:
         (run_benchmark if config.stage == "eval" else run)(config)
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
+        # with what the frames hold the processes go that read images: Python would wait for them, and they for it
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
         raise Mistake(f"the GPU's memory is full: {advice}") from error
     dist.barrier()
