@@ -303,8 +303,7 @@ def bomb(side):
     (".", "no such image, but a folder"),
     ("http://example.org/dot.png", "is an address"),
     ("../outside.png", "outside"),
-    ("a\0b.png", "cannot be read"),
-    ("n" * 300 + ".png", "cannot be read"),
+    ("a\0b.png", "cannot be read"), ("n" * 300 + ".png", "cannot be read"),
     ("photo.jpg", "photo.jpg: cannot be read"),
 ])  # fmt: skip
 def test_images_that_are_refused(pictures, monkeypatch, name, message):
@@ -1024,7 +1023,7 @@ def test_models_that_were_moved_or_stretched(world, uneven, tmp_path):
     hydra.export(gone, "mobilevlm", tmp_path / "both" / "vlm", vision_tower=tmp_path / "both" / "clip")
     (tmp_path / "both").rename(tmp_path / "elsewhere")
     assert agree(tmp_path / "elsewhere" / "vlm", uneven)
-    refused("json: its model is not at /no/it", hydra.load_checkpoint, edited(uneven, tmp_path / "no", model="/no/it"))
+    refused("config.json: its model is not at /a", hydra.load_checkpoint, edited(uneven, tmp_path / "no", model="/a"))
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}  # goes through an export, too
     scaled = edited(uneven, tmp_path / "run", model=str(edited(world / "llm", tmp_path / "llm", rope_parameters=rope)))
     hydra.export(scaled, "mobilevlm", tmp_path / "vlm")
@@ -1267,7 +1266,8 @@ def test_records_as_users_write_them(tmp_path):
 @pytest.mark.parametrize("changed, message", [
     (dict(data="nowhere.json"), "nowhere.json: cannot be read"),
     (dict(images="nowhere"), "--images nowhere: no such image folder"),
-    (dict(images=None), "--images"),
+    (dict(images=None), "--images"), (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
+    (dict(global_batch_size=6), r"4 × .* = .*, not --global_batch_size 6"),
     (dict(global_batch_size=3), r"4 × --gradient_accumulation_steps 1 × 1 processes = 4, not --global_batch_size 3"),
     (dict(lora_dropout=1.5), "--lora_dropout 1.5: give a share below 1"),
     (dict(lora_rank=0), "--lora_rank 0: give a positive number"),
@@ -1275,10 +1275,10 @@ def test_records_as_users_write_them(tmp_path):
     (dict(stage1="nowhere"), "in nowhere; first run: torchrun train.py --stage 1 --model .* --out nowhere"),
     (dict(model="nobody/nothing"), "neither a folder nor reachable on the hub: download it, or give a folder"),
     (dict(projector="ldpnetv2"), "with projector ldpnet, not stage 1 with ldpnetv2"),
+    (dict(max_tokens_per_pass=0), "--max_tokens_per_pass 0: give a positive number"),
     (dict(learning_rate=math.inf), "--learning_rate inf: give a positive number"),
-    (dict(checkpoint="runs/a"), "--checkpoint: is for --stage eval alone"),
     (dict(seed=2_000_000_000), "--seed 2000000000: give a number below"),
-    (dict(lora_rnk=4), "unrecognized arguments: --lora_rnk"),
+    (dict(checkpoint="runs/a"), "--checkpoint: is for --stage eval alone"),
     (dict(out="caf\udce9"), "--out: holds half of a surrogate pair, or bytes that are no UTF-8"),
     (dict(out=__file__), "--out .*test_hydra.py: is a file; name a folder"),
 ])  # fmt: skip
@@ -1787,8 +1787,8 @@ def lab(argv):
                 first = ends
             gap = 100 * (ends / first - 1)
             error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
-            print(f"{world:9} {method:9} {ends.mean():.5f} {gap.mean():+8.1f} % ± {error:.1f} {gap.round(1).tolist()}, "
-                  f"{100 * np.mean((ends - first) / starts):+.2f} % of the start's {starts.mean():.3f}", flush=True)
+            print(f"{world:9} {method:9} {ends.mean():.5f} {gap.mean():+8.1f} % ± {error:.1f} {gap.round(1).tolist()}"
+                  f", {100 * np.mean((ends - first) / starts):+.2f} % of the start's {starts.mean():.3f}", flush=True)
         print(f"mean ranks at the end: {'/'.join(methods)}")
         for layer in range(4):
             means = ["/".join(f"{end[:, layer, i].mean():.1f}" for end in ranks.values()) for i in range(7)]

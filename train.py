@@ -871,7 +871,7 @@ def main():
     try:
         (run_benchmark if config.stage == "eval" else run)(config)
     except BaseException as error:
-        # with what the frames hold the processes go that read images: Python would wait for them, and they for it
+        # they hold the loader: without it the processes that read images end; else Python waits for them for ever
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, torch.OutOfMemoryError):
             raise
