@@ -144,6 +144,14 @@ class LDPNet(nn.Module):
 # the adapter
 
 
+def drop(x, share):
+    """F.dropout; on a CPU, where its draws take longer than a product with A, by whole numbers of 15 bits."""
+    if x.is_cuda:
+        return F.dropout(x, share)
+    drawn = torch.empty_like(x, dtype=torch.int16).random_()  # 0 to 2¹⁵ - 1
+    return x.masked_fill(drawn < int(share * 2**15), 0).div_(1 - share)
+
+
 class HybridLoRALinear(nn.Module):
     """A frozen linear map plus a low-rank one (LoRA, arXiv 2106.09685) whose rank can move:
 
@@ -184,8 +192,8 @@ class HybridLoRALinear(nn.Module):
         tokens = x.flatten(0, -2)  # [n, in]
         y = self.base(tokens)
         if self.training and self.dropout:
-            # kept for the backward pass are the tokens, which q, k and v share; dropout's mask is drawn again
-            read = lambda tokens, A: F.linear(F.dropout(tokens, self.dropout), A)
+            # kept for the backward pass are the tokens, which q, k and v share; what is dropped is drawn again
+            read = lambda tokens, A: F.linear(drop(tokens, self.dropout), A)
             h = checkpoint(read, tokens, self.lora_A, use_reentrant=False)  # [n, r]
         else:
             h = F.linear(tokens, self.lora_A)
