@@ -76,13 +76,12 @@ def reading(source):
 
 @contextmanager
 def whole(path):
-    """A new file or folder: what is written to the name given appears as `path` at the end, on the disk, or not."""
-    path = Path(path)
+    """A new folder: what is written to the one given appears as `path` at the end, on the disk, or not."""
     temporary = path.with_name(f".{path.name}.unfinished")  # hidden: no names that a user gives to what is theirs
     old = path.with_name(f".{path.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True)
         yield temporary
         for item in [*temporary.rglob("*"), temporary]:
             handle = os.open(item, os.O_RDONLY)
@@ -166,7 +165,6 @@ def open_image(folder, name):
         image = Image.open(source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
             raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
-        image.load()
         if image.mode.startswith("I;16"):  # convert would clip what is above 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -321,11 +319,6 @@ def bounded_batches(samples, most_tokens, image_tokens):
     fewest = len(cut(most_tokens))
     most = bisect_left(range(most_tokens), True, key=lambda most: len(cut(most)) == fewest)
     return [collate(part) for part in cut(most)]
-
-
-def count_tokens(batch, image_tokens):
-    """Tokens that each row of a batch takes in the LLM, padding not counted [B]."""
-    return batch["attention_mask"].sum(1) + (image_tokens - 1) * (batch["input_ids"] == IMAGE_TOKEN).sum(1)
 
 
 def global_batches(records, batch_size, seed, epoch):
@@ -506,16 +499,11 @@ def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
 
 
 def read_questions(path, images):
-    """Held-out questions: JSON lines with image, text, label and, if there is one, category."""
+    """Held-out questions: JSON lines with image, text, label and category (default: the text's first two words)."""
     questions = read_benchmark("vqa", path)
     for image in {question["image"] for question in questions if question["image"]}:
         open_image(images, image)  # not to be found out in the middle of a run
-    return questions
-
-
-def kind_of(question):
-    """The question's category, or its first two words."""
-    return question.get("category") or " ".join(question["text"].split()[:2])
+    return [q | {"category": q.get("category") or " ".join(q["text"].split()[:2])} for q in questions]
 
 
 DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -611,9 +599,9 @@ def read_benchmark(name, path, annotations=None):
     """
     read, fields, where = BENCHMARKS[name]
     if name.startswith("mmbench"):
-        questions = read_mmbench(path, "请直接回答选项字母。" if name == "mmbench_cn" else BY_LETTER)
+        questions = list(read_mmbench(path, "请直接回答选项字母。" if name == "mmbench_cn" else BY_LETTER))
     else:
-        questions = read_sqa(path) if name == "sqa" else read_rows(path, fields)
+        questions = list(read_sqa(path)) if name == "sqa" else read_rows(path, fields)
     if not questions:
         raise Mistake(f"{path}: holds no questions")
     if where:
@@ -641,16 +629,13 @@ def refuse(rows, problem):
 def read_sqa(path):
     """ScienceQA as LLaVA's records: the answer is the letter of the gpt turn."""
     records = read_json(path)
-    questions = []
     for i, record in enumerate(records if isinstance(records, list) else [records]):
         with reading(f"{path}: record {i}, as {{'id', 'conversations': [question, answer]}} of texts"):
             question, label = (turn["value"] for turn in record["conversations"])
             text = question.replace("<image>", "").strip() + "\n" + BY_LETTER
             image = record.get("image") or ""
             (text + image).encode()  # image, too, is text, and without half of a surrogate pair
-            row = {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image or None}
-            questions.append(row)
-    return questions
+            yield {"question_id": record["id"], "text": text, "label": sqa_letter(label), "image": image or None}
 
 
 def read_mmbench(path, instruction):
@@ -662,7 +647,6 @@ def read_mmbench(path, instruction):
     if missing := [column for column in MMBENCH if column not in (table.fieldnames or ())]:
         raise Mistake(f"{path}: has no column {', '.join(missing)}")
     images = {row["index"]: row["image"] for row in rows}
-    questions = []
     for i, row in enumerate(rows, 1):
         if None in (*row, *row.values()) or not row["index"].isdecimal():
             raise Mistake(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
@@ -670,8 +654,7 @@ def read_mmbench(path, instruction):
         options = [f"{option}. {given[option]}" for option in takewhile(given.get, "ABCD")]
         text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, instruction]))
         image = f"data:;base64,{images.get(row['image'], row['image'])}"
-        questions.append({"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": image})
-    return questions
+        yield {"question_id": int(row["index"]), "text": text, "label": row["answer"], "image": image}
 
 
 def words(prompt):
@@ -882,7 +865,6 @@ def conversation(*pairs):
 def write_world(folder, train=12000, test=600, seed=0):
     """Pictures, caption.json (stage 1), instruct.json (stage 2) and questions.jsonl (held out)."""
     rng = random.Random(seed)
-    folder = Path(folder)
     (folder / "images").mkdir(parents=True)
     captions, instructions, questions = [], [], []
     for i in tqdm(range(train + test), "toy world", disable=None):

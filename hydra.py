@@ -926,7 +926,6 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
     model.to(getattr(torch, dtype))
 
     with whole(to) as folder:
-        folder.mkdir()
         if format == "peft":
             note = write_peft(folder, modules, model.origin["model"], padded)
         else:

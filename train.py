@@ -159,7 +159,6 @@ def save(config, model, state):
     """out/checkpoint-STEP, whole or not at all, with all that the loop needs; then all but the newest go."""
     torch.save(state, buffer := io.BytesIO())  # to a full disk itself it would hide the reason
     with whole(Path(config.out, f"checkpoint-{state['step']}")) as folder:
-        folder.mkdir()
         description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": vars(config)}
         hydra.write_model(folder, model, description)
         (folder / "trainer.pt").write_bytes(buffer.getbuffer())
@@ -257,7 +256,7 @@ def accuracy(answered):
     """{kind: share of right answers} of [(question, answer)], and "all"."""
     right = defaultdict(list)
     for question, text in answered:
-        right[data.kind_of(question)].append(data.exact(text) == data.exact(question["label"]))
+        right[question["category"]].append(data.exact(text) == data.exact(question["label"]))
     right["all"] = sum(right.values(), [])
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
@@ -453,7 +452,8 @@ def run(config):
             batches += of_pass
             bad += problems
         for i, batch in enumerate(batches, 1):
-            tokens += int(data.count_tokens(batch, model.image_tokens).sum())
+            is_image = batch["input_ids"] == data.IMAGE_TOKEN
+            tokens += int(batch["attention_mask"].sum() + (model.image_tokens - 1) * is_image.sum())
             ddp.require_backward_grad_sync = i == len(batches)  # as no_sync() does it: one exchange per step
             with autocast(device):
                 batch_loss, batch_targets = ddp(**batch)
@@ -739,8 +739,8 @@ def model_flags(config, projector):
 def test_loss(config, model, tokenizer, questions):
     """{kind: loss per target token} of the right answers to the questions, and "all"."""
     sums = {}
-    for kind in sorted(set(map(data.kind_of, questions))):
-        records = [as_record(q, q["label"]) for q in questions if data.kind_of(q) == kind]
+    for kind in sorted({question["category"] for question in questions}):
+        records = [as_record(q, q["label"]) for q in questions if q["category"] == kind]
         samples = make_samples(records, config.images, model, tokenizer, "v1")
         sums[kind] = loss_and_targets(model, hold(config, model, samples))
     sums["all"] = map(sum, zip(*sums.values()))
