@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, GenerationConfig, LlamaForCausalLM, TextStreamer, logging
 
@@ -179,15 +180,6 @@ class HybridLoRALinear(nn.Module):
     def rank(self):
         return self.coarse_rank + self.fine_rank
 
-    @property
-    def cost(self):
-        """Parameters of one component."""
-        return self.base.in_features + self.base.out_features
-
-    @property
-    def max_rank(self):
-        return min(self.base.in_features, self.base.out_features)
-
     def forward(self, x):
         tokens = x.flatten(0, -2)  # [n, in]
         y = self.base(tokens)
@@ -233,35 +225,27 @@ class HybridLoRALinear(nn.Module):
         steps would be far larger than theirs.
         """
         rank = coarse_rank + fine_rank
-        if not 1 <= rank <= self.max_rank:
-            shape = f"{self.base.in_features} -> {self.base.out_features}"
-            raise Mistake(f"rank {rank} for a linear of {shape}: use 1 to {self.max_rank}")
+        outputs, inputs = self.base.weight.shape
+        if not 1 <= rank <= min(outputs, inputs):
+            raise Mistake(f"rank {rank} for a linear of {inputs} -> {outputs}: use 1 to {min(outputs, inputs)}")
         A = self.lora_A
         B = self.lora_B
         kept = self.by_strength()[:rank].sort().values
         added = rank - len(kept)
         self.coarse_rank = coarse_rank
         self.fine_rank = fine_rank
-        moment = optimizer.state[A].get("exp_avg") if optimizer else None
+        moment = optimizer.state[A]["exp_avg"] if optimizer else None
         self.lora_A = nn.Parameter(torch.cat([A[kept], self.new_rows(added, moment)]))
         self.lora_B = nn.Parameter(F.pad(B[:, kept], (0, added)))
-        if optimizer is not None:
-            replace_parameter(optimizer, A, self.lora_A, kept, dim=0)
-            replace_parameter(optimizer, B, self.lora_B, kept, dim=1)
+        for old, new, dim in ((A, self.lora_A, 0), (B, self.lora_B, 1)) if optimizer else ():
+            for group in optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            state = optimizer.state[new] = optimizer.state.pop(old)
+            for name in ("exp_avg", "exp_avg_sq"):
+                carried = state[name].index_select(dim, kept)
+                fresh = carried.mean(dim, keepdim=True).repeat_interleave(added, dim)
+                state[name] = torch.cat([carried, fresh if name == "exp_avg_sq" else torch.zeros_like(fresh)], dim)
         return kept
-
-
-def replace_parameter(optimizer, old, new, kept, dim):
-    """Put `new` in the place of `old` in Adam; what was kept (indices along dim) keeps its moments."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if state := optimizer.state.pop(old, None):
-        added = new.shape[dim] - len(kept)
-        for name in ("exp_avg", "exp_avg_sq"):
-            moment = state[name].index_select(dim, kept)
-            fresh = moment.mean(dim, keepdim=True).repeat_interleave(added, dim)
-            state[name] = torch.cat([moment, fresh if name == "exp_avg_sq" else torch.zeros_like(fresh)], dim)
-        optimizer.state[new] = state
 
 
 PROJECTIONS = (
@@ -315,12 +299,9 @@ def align(model, batches):
 
 def freeze(model, stage, method):
     """Leave trainable what the stage trains: the projector, and in stage 2 the adapters or (method "full") the LLM."""
-    model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    model.llm.requires_grad_(stage == 2 and method == "full")
-    for adapter in adapters(model).values():
-        adapter.lora_A.requires_grad_(True)
-        adapter.lora_B.requires_grad_(True)
+    parts = ("projector.", "llm." if stage == 2 and method == "full" else ".lora_")
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in parts))
 
 
 # ------------------------------------------------------------------------------------------
@@ -347,7 +328,7 @@ class HydraVLM(nn.Module):
         self.image_tokens = projector(nothing).shape[1]  # what one image takes in the LLM's context
         self.context_length = llm.config.max_position_embeddings
 
-    def splice(self, input_ids, attention_mask, pixel_values, labels=None, left=False):
+    def splice(self, input_ids, attention_mask, pixel_values, labels=None, padding_side="right"):
         """Put the image's tokens in the place of IMAGE_TOKEN.
 
         input_ids [B, T] with IMAGE_TOKEN once per image, pixel_values [N, 3, H, W] in reading order. Returns
@@ -362,26 +343,21 @@ class HydraVLM(nn.Module):
         # places that each id takes [B, T]: of BOS, <image>, "What" with 144 tokens an image 1, 144, 1; of padding 0
         places = torch.where(is_image, self.image_tokens, 1)
         places = places if attention_mask is None else places * attention_mask
-        lengths = places.sum(1, keepdim=True)
-        position = torch.arange(int(lengths.max()))[None]
-        mask = position >= position.numel() - lengths if left else position < lengths  # [B, T']
 
-        def expand(values, padding):
-            out = torch.full(mask.shape, padding)
-            out[mask] = values.flatten().repeat_interleave(places.flatten())
-            return out
+        def expand(values, padding):  # [B, T] -> [B, T']
+            rows = [row.repeat_interleave(counts) for row, counts in zip(values, places)]
+            return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=padding_side)
 
+        mask = expand(torch.ones_like(input_ids), 0)
         ids = expand(input_ids, 0)  # the image's get any embedding, in whose place its tokens come
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
             features = self.clip(pixel_values.to(device, non_blocking=True))
-            tokens = self.projector(features.to(next(self.projector.parameters()).dtype))  # [N, 144, D]
-            tokens = tokens.flatten(0, 1).to(embeddings.dtype)
-            embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
-        elif self.training:
-            # DDP waits for every gradient: a batch without an image gives the projector a zero one
-            nothing = torch.zeros(1, self.patches, self.clip.clip.config.hidden_size, device=device)
-            embeddings = embeddings + 0 * self.projector(nothing).sum().to(embeddings.dtype)
+        else:  # DDP waits for every gradient: a batch without an image gives the projector a zero one
+            features = torch.zeros(1, self.patches, self.clip.clip.config.hidden_size, device=device)
+        tokens = self.projector(features.to(next(self.projector.parameters()).dtype))[:images]  # [N, 144, D]
+        tokens = tokens.flatten(0, 1).to(embeddings.dtype)
+        embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
         return embeddings, mask, None if labels is None else expand(labels, IGNORE)
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None):
@@ -396,10 +372,9 @@ class HydraVLM(nn.Module):
         head = self.llm.lm_head
         if labels is None:
             return head(hidden)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # a hidden state predicts the next token
-        where = (targets != IGNORE).nonzero().squeeze(1)
-        targets = targets[where].to(hidden.device)  # [targets]
-        hidden = hidden.flatten(0, 1)[where.to(hidden.device)]  # [targets, D]
+        rows, columns = torch.where(labels[:, 1:] != IGNORE)  # a hidden state predicts the next token
+        targets = labels[rows, columns + 1].to(hidden.device)  # [targets]
+        hidden = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # [targets, D]
         # in pieces of 1,024 targets: [targets, vocabulary] is never whole
         if torch.is_grad_enabled():  # the forward pass makes each piece's gradient, too; the backward pass scales it
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
@@ -418,11 +393,10 @@ class HydraVLM(nn.Module):
         """
         was_training = self.training
         self.eval()
-        embeddings, mask, _ = self.splice(input_ids, attention_mask, pixel_values, left=True)
+        embeddings, mask, _ = self.splice(input_ids, attention_mask, pixel_values, padding_side="left")
         room = self.context_length - mask.sum(1, keepdim=True)  # [B, 1]
         options = {"do_sample": False, "max_new_tokens": max(1, min(max_new_tokens, int(room.max()))), **options}
-        mask = mask.long().to(embeddings.device)
-        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask.to(embeddings.device), **options)
         self.train(was_training)
         beyond = torch.arange(ids.shape[1])[None] >= room
         return ids.masked_fill(beyond.to(ids.device), self.llm.generation_config.pad_token_id)
@@ -489,7 +463,7 @@ class RankController:
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
         self.modules = list(adapters(model).values())
-        self.costs = np.array([module.cost for module in self.modules])  # [L · 7]
+        self.costs = np.array([sum(module.base.weight.shape) for module in self.modules])  # of one component [L · 7]
         self.budget = rank * int(self.costs.sum())
         self.seed = seed
         self.method = method
@@ -527,7 +501,7 @@ class RankController:
         correction = np.exp(self.shrink(log_last, entry, previous) - log_last)  # of all worths of an adapter [L · 7]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
-        limit = np.minimum(2 * before, [module.max_rank for module in self.modules])
+        limit = np.minimum(2 * before, [min(module.base.weight.shape) for module in self.modules])
         k = np.arange(1, limit.max() + 1)
         there = k <= before[:, None]  # [L · 7, K]
         raw = np.outer(last * before * (before + 1), 1 / (k * (k + 1)))  # extrapolated from the last
@@ -630,14 +604,12 @@ class LDPNetV2(nn.Module):
         return x.flatten(2).transpose(1, 2)  # [B, 144, D]
 
 
-PROJECTORS = {projector.kind: projector for projector in (LDPNet, LDPNetV2)}
-
-
 def build_projector(kind, clip_width, llm_width):
     """A new projector; its module names are upstream's, so that mm_projector.bin loads strictly."""
-    if kind not in PROJECTORS:
-        raise Mistake(f"unknown projector {kind!r}; choose from {', '.join(PROJECTORS)}, or give a file")
-    return PROJECTORS[kind](clip_width, llm_width)
+    kinds = {projector.kind: projector for projector in (LDPNet, LDPNetV2)}
+    if kind not in kinds:
+        raise Mistake(f"unknown projector {kind!r}; choose from {', '.join(kinds)}, or give a file")
+    return kinds[kind](clip_width, llm_width)
 
 
 def weaken(method, coarse, fine, seed):

@@ -35,7 +35,6 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
@@ -181,7 +180,7 @@ def load(checkpoint, config, model, records, optimizer, controller):
         optimizer.param_groups[0]["params"] = trained_parameters(model)
         optimizer.load_state_dict(state.pop("optimizer"))
         if controller:
-            controller.history = state.pop("controller")
+            controller.history = state["controller"]
     return state
 
 
@@ -190,7 +189,7 @@ def schedule(step, total_steps, warmup_ratio):
     warmup = max(1, round(warmup_ratio * total_steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
 # ------------------------------------------------------------------------------------------
@@ -305,12 +304,11 @@ def read_data(config):
     if count < 2:
         raise Mistake(f"--data: {len(records)} records are too few to hold some out; give at least 40")
     every = len(records) // count
-    where = slice(every - 1, every * count, every)
-    validation = records[where]
-    del records[where]
-    where = slice(None, None, max(3, count // most))
-    probe = validation[where]
-    del validation[where]
+    validation = records[every - 1 : every * count : every]
+    del records[every - 1 : every * count : every]
+    third = max(3, count // most)
+    probe = validation[::third]
+    del validation[::third]
     questions = data.read_questions(config.questions, config.images) if config.questions and config.stage == 2 else []
     return records, probe, validation, questions
 
@@ -400,13 +398,14 @@ def run(config):
     if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
         picked = as_samples(train[:: math.ceil(len(train) / 64)])  # at most 64, of each 32 places: enough for r = 128
         with autocast(device):
-            hydra.align(model, (data.collate([picked[i]]) for i in range(len(picked))))
+            hydra.align(model, (data.collate([sample]) for sample in picked))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
     controller = None
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed, config.method)
     state = {"step": 0, "before": None, "loss": 0.0, "targets": 0.0, "skipped": 0, "in_a_row": 0, "bad": [],
-             "records": data.fingerprint(train + probe + validation), "log_size": 0}  # fmt: skip
+             "records": data.fingerprint(train + probe + validation), "log_size": 0,
+             "controller": controller and controller.history}  # fmt: skip
     if checkpoint:
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
@@ -501,15 +500,13 @@ def run(config):
                 f"{seen / seconds:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
-            state["log_size"] = log.size
-            own = {"optimizer": optimizer.state_dict(), "controller": controller and controller.history}
-            save(config, model, state | own)
+            save(config, model, state | {"optimizer": optimizer.state_dict(), "log_size": log.size})
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
             break
     if state["step"] == total_steps:
-        seconds = {"training": time.time() - started, "events": seconds_of_events, "in all": time.time() - begun}
-        finish(config, model, tokenizer, train, validation_batches, questions, log, state, controller, seconds)
+        seconds = {"training": time.time() - started, "events": seconds_of_events}
+        finish(config, model, tokenizer, train, validation_batches, questions, log, state, controller, seconds, begun)
     del ddp  # it holds the process group: freed after the group's end, it was seen to hang at exit
 
 
@@ -663,8 +660,8 @@ def check_prompts(questions, model, tokenizer):
 def report_broken(config, state, problems, records, log):
     """Say and log each record whose image is broken once, however often it is met; more than --max_bad end the run."""
     for problem in problems:
-        say(f"image replaced by the next record's: {problem}")
         if problem not in state["bad"]:
+            say(f"image replaced by the next record's: {problem}")
             state["bad"].append(problem)
             log(step=state["step"], bad=problem)
     if len(state["bad"]) > config.max_bad * records:
@@ -747,7 +744,7 @@ def test_loss(config, model, tokenizer, questions):
     return {kind: loss / max(targets, 1) for kind, (loss, targets) in sums.items()}
 
 
-def finish(config, model, tokenizer, train, validation, questions, log, state, controller, seconds):
+def finish(config, model, tokenizer, train, validation, questions, log, state, controller, seconds, begun):
     """The end of a run: what it reached, what it cost, what to do next; the picture of the ranks."""
     result = evaluate(config, model, tokenizer, validation, questions, log, state["step"])
     before, after = state["before"], result["held_out_loss"]
@@ -771,7 +768,7 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
     events = 100 * seconds["events"] / max(seconds["training"], 1e-9)
     of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else of_process
-    say(f"training {seconds['training']:.0f} s, in all {seconds['in all']:.0f} s; rank events {events:.1f} % of "
+    say(f"training {seconds['training']:.0f} s, in all {time.time() - begun:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
     if config.stage == 1:
@@ -806,7 +803,7 @@ def draw_ranks(history, path):
     """ranks.png: layers × projections, a panel for the start and one for each event, the rank in every cell."""
     side = 46  # of a cell, in pixels
     names = [name.split(".")[1].removesuffix("_proj") for name in hydra.PROJECTIONS]
-    start = np.array(history[0]["ranks"])  # [layers, projections]
+    start = history[0]["ranks"]  # [layers][projections]
     width = side * (len(names) + 2)  # of a panel
     image = Image.new("RGB", (width * len(history), side * (len(start) + 4)), "white")
     draw = ImageDraw.Draw(image)
@@ -822,11 +819,11 @@ def draw_ranks(history, path):
         draw.text((width * number + 14, 10), said, "black", ImageFont.load_default(10))
         for column, name in enumerate(names):
             fill(column, -1, name)
-        for (row, column), rank in np.ndenumerate(entry["ranks"]):
-            more = np.log2(rank / start[row, column]).clip(-1, 1)
-            fill(column, row, rank, f"hsl({220 if more > 0 else 30}, 100%, {100 - 40 * abs(more):.0f}%)")
-        for row in range(len(start)):
+        for row, ranks in enumerate(entry["ranks"]):
             fill(-1, row, row)
+            for column, rank in enumerate(ranks):
+                more = max(-1, min(1, math.log2(rank / start[row][column])))
+                fill(column, row, rank, f"hsl({220 if more > 0 else 30}, 100%, {100 - 40 * abs(more):.0f}%)")
             fill(len(names), row, f"{entry['coarse'][row][0]:+.1f}" if "coarse" in entry else "")
     image.save(path)
 
@@ -841,8 +838,7 @@ def run_benchmark(config):
     if not path.parent.is_dir():
         raise Mistake(f"--answers {path}: its folder does not exist; name another file")
     log = Log(path)
-    answers = gather(log.rows)
-    data.check_rows(answers, path, data.ANSWER)
+    answers = data.check_rows(gather(log.rows), path, data.ANSWER)
     pairs = data.join_answers(config.benchmark, questions, answers)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = hydra.load_checkpoint(config.checkpoint, config.vision_tower, config.projector, dtype)
