@@ -611,6 +611,7 @@ def read_benchmark(name, path, annotations=None):
             labels = find_labels(name, questions, Path(annotations))
         questions = [question | {"label": label} for question, label in zip(questions, labels)]
     bad = [q for q in questions if not q["label"] or name != "textvqa" and not read(q["label"])]
+    bad += [q for q in questions if name == "pope" and q["label"] not in ("yes", "no")]  # of which any text is one
     refuse(bad, f"questions have no valid label in {annotations or path}")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
     refuse(odd, "questions have no text, or a category that is not text")
@@ -675,7 +676,7 @@ def find_labels(name, questions, path):
         return [labels.get((q["question_id"], words(q["text"]))) for q in questions]
 
     def key(row):
-        return Path(row["image"]).name.split(".")[0], words(row["text"])  # MME's labels may give another ending
+        return Path(row["image"]).stem, words(row["text"])  # MME's labels may give another ending, and no folder
 
     fields = "image", "text", "label"
     labels = {}
@@ -686,7 +687,10 @@ def find_labels(name, questions, path):
             with reading(path / f"{category}.txt"):
                 lines = (path / f"{category}.txt").read_text(encoding="utf-8-sig").strip().split("\n")
                 rows = [dict(zip(fields, line.strip().split("\t"), strict=True)) for line in lines]
-        labels[category] = {key(row): row["label"] for row in rows}
+        labels[category] = {}
+        for row in rows:
+            if labels[category].setdefault(key(row), row["label"]) != row["label"]:
+                raise Mistake(f"{path}: {category} has two labels for {row['image']}, {row['text']}")
     return [labels[q["category"]].get(key(q)) for q in questions]
 
 
@@ -1020,11 +1024,12 @@ def train_clip(world):
 
 def one_line(main):
     """Run a command; the user's mistake in it ends in one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding is
+    errors = {"stdin": "surrogateescape", "stdout": "backslashreplace", "stderr": "backslashreplace"}
+    for name, handling in errors.items():  # whatever the terminal's encoding is; bytes are refused where text is used
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed by whoever started this
+        stream.reconfigure(errors=handling)
+        setattr(sys, name, stream)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such images itself
-    if sys.stdin:  # undecodable bytes are refused where the text is used
-        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()

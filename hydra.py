@@ -903,10 +903,18 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
         else:
             note = write_merged(folder, model, tokenizer, format, dtype)
         if format != "mobilevlm":
-            torch.save(model.projector.state_dict(prefix="model.mm_projector."), folder / "mm_projector.bin")
+            write_bin(model.projector.state_dict(prefix="model.mm_projector."), folder / "mm_projector.bin")
         files = sorted([path.name for path in folder.iterdir()] + ["export.json"])
         (folder / "export.json").write_text(json.dumps({"checkpoint": str(checkpoint), "files": files}))
     print(f"wrote {to}: {note}")
+
+
+def write_bin(state, file):
+    """torch.save, whose error on a full disk is no OSError."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise OSError(f"the disk may be full: {str(error).splitlines()[0]}") from error
 
 
 def write_merged(folder, model, tokenizer, format, dtype):
@@ -931,7 +939,7 @@ def write_merged(folder, model, tokenizer, format, dtype):
             "rotary_dtype": model.llm.config.rotary_dtype,  # for load_llm alone
         }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    torch.save(state, folder / "pytorch_model.bin")
+    write_bin(state, folder / "pytorch_model.bin")
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True} | tokenizer.special_tokens_map
     for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
         (folder / file.name).write_bytes(file.read_bytes())
@@ -974,7 +982,7 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
     """Answer the prompt about an image; without one, what is asked on standard input, as one conversation."""
     if max_new_tokens < 1:
         raise Mistake(f"--max_new_tokens {max_new_tokens}: give a positive number")
-    picture = data.open_image("/", image if "://" in image else str(Path(image).resolve()))
+    picture = data.open_image("/", image if "://" in image else os.path.abspath(image))
     model, tokenizer = load_checkpoint(checkpoint, vision_tower)
     check_trained(model, checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

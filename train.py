@@ -24,13 +24,13 @@ import math
 import os
 import resource
 import shlex
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -162,7 +162,10 @@ def save(config, model, state):
         hydra.write_model(folder, model, description)
         (folder / "trainer.pt").write_bytes(buffer.getbuffer())
     for old in hydra.list_checkpoints(config.out)[: -config.keep]:
-        shutil.rmtree(old)
+        for name in ("trainer.pt", "model.safetensors", "config.json"):
+            (old / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what the user put there, or is a link
+            old.rmdir()
 
 
 def load(checkpoint, config, model, records, optimizer, controller):
@@ -536,11 +539,13 @@ def parse_arguments(words=None):
     for name, value in vars(config).items():
         if type(value) is str:
             data.check_text(value, f"--{name}")
-        elif type(value) in (int, float) and not (0 < value < math.inf or value == may_be.get(name)):
-            raise Mistake(f"--{name} {value}: give a positive number")
-    for name, kind, limit in ("seed", "number", 10**9), ("lora_dropout", "share", 1), ("warmup_ratio", "share", 1):
-        if (getattr(config, name) or 0) >= limit:
-            raise Mistake(f"--{name} {getattr(config, name)}: give a {kind} below {limit:,}")
+        elif type(value) in (int, float) and not (0 < value < 10**9 or value == may_be.get(name)):
+            raise Mistake(f"--{name} {value}: give a positive number below 1,000,000,000")
+        if value == "":
+            raise Mistake(f"--{name}: is empty; name a file or folder, or leave the flag out")
+    for name in ("lora_dropout", "warmup_ratio"):
+        if (getattr(config, name) or 0) >= 1:
+            raise Mistake(f"--{name} {getattr(config, name)}: give a share below 1")
     return config
 
 
@@ -581,7 +586,8 @@ def set_up_processes():
     given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     if given and len(given) < 4:
         raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
-    store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
+    with reading(f"{', '.join(given)}, which torchrun sets"):
+        store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
     if given and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -621,9 +627,12 @@ class Log:
 
     def __call__(self, **row):
         if self.file:
-            self.file.truncate(self.size)
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
+            try:
+                self.file.truncate(self.size)
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise Mistake(f"{self.file.name}: cannot be written ({error.strerror})") from error
             self.size = self.file.tell()
 
 
