@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -71,12 +72,15 @@ def reading(source):
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to run the code
+            reason = "no weights, or code beside them, which is not run"
         raise Mistake(f"{source}: cannot be read ({(reason or type(error).__name__).splitlines()[0]})") from error
 
 
 @contextmanager
 def whole(path):
     """A new folder: what is written to the one given appears as `path` at the end, on the disk, or not."""
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.unfinished")  # hidden: no names that a user gives to what is theirs
     old = path.with_name(f".{path.name}.old")
     try:

@@ -777,7 +777,7 @@ def load_checkpoint(name_or_dir, vision_tower=None, projector=None, dtype=torch.
         part[key.removeprefix("model.vision_tower.vision_tower.").removeprefix("model.mm_projector.")] = tensor
     if vision_tower is None:
         vision_tower = config.get("mm_vision_tower") or CLIP
-        beside = folder.parent / vision_tower  # in upstream's configs a path, at times relative
+        beside = folder.resolve().parent / vision_tower  # in upstream's configs a path, at times relative
         vision_tower = beside if beside.is_dir() else vision_tower
     llm, tokenizer = load_llm(folder, dtype, weights)  # not the name: the hub is asked once
     clip = load_clip(vision_tower, dtype, tower)

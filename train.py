@@ -267,6 +267,8 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
     """Held-out loss, accuracy on the questions and a few samples; printed, logged, returned."""
     entry = {"step": step, "held_out_loss": held_out_loss(model, validation)}
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
+    if step == 0 and not math.isfinite(entry["held_out_loss"]):
+        raise Mistake(f"--model {config.model}: gives no finite loss before training; its weights are damaged")
     if questions and step:
         longest = 2 + max(map(len, tokenizer([question["label"] for question in questions]).input_ids))
         answered = list(answer(model, tokenizer, questions, config.images, config.num_workers, max_new_tokens=longest))
