@@ -297,8 +297,7 @@ def bomb(side):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("data:;base64," + bomb(2000), "4000000 pixels"),
-    ("no.jpg", "no such image"), (".", "no such image, but a folder"),
+    ("data:;base64," + bomb(2000), "4000000 pixels"), ("no.jpg", "no such image"), (".", "no such image, but a folder"),
     ("float.tiff", "float.tiff: has 32 bits a pixel"),
     ("http://example.org/dot.png", "is an address"), ("../outside.png", "outside"),
     ("a\0b.png", "cannot be read"), ("n" * 300 + ".png", "cannot be read"), ("photo.jpg", "photo.jpg: cannot be read"),
@@ -1024,7 +1023,8 @@ def test_models_that_were_moved_or_stretched(world, uneven, tmp_path):
     shutil.copytree(world / "clip", tmp_path / "both" / "clip")
     hydra.export(gone, "mobilevlm", tmp_path / "both" / "vlm", vision_tower=tmp_path / "both" / "clip")
     (tmp_path / "both").rename(tmp_path / "elsewhere")
-    assert agree(tmp_path / "elsewhere" / "vlm", uneven)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "vlm")
+    assert agree(tmp_path / "elsewhere" / "vlm", uneven) and agree(tmp_path / "link", uneven)
     refused("config.json: its model is not at /a", hydra.load_checkpoint, edited(uneven, tmp_path / "no", model="/a"))
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}  # goes through an export, too
     scaled = edited(uneven, tmp_path / "run", model=str(edited(world / "llm", tmp_path / "llm", rope_parameters=rope)))
