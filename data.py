@@ -16,6 +16,7 @@ it, is written as ordinary LLaVA files: it takes the same path through this modu
 import argparse
 import base64
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -899,8 +900,11 @@ def write_world(folder, train=12000, test=600, seed=0):
 
 def make_world(folder):
     """The toy world and its backbones in `folder`, unless they are there: written whole or not at all."""
-    if Path(folder).exists():
-        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    fcntl.flock(parent, fcntl.LOCK_EX)  # of two first runs the second waits, and finds what the first has made
+    if folder.exists():
+        return os.close(parent)
     print(f"making the toy world and its two backbones in {folder}: once, about two minutes", flush=True)
     # models this small gain more from a core each than from two threads
     with whole(folder) as world, ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -908,6 +912,7 @@ def make_world(folder):
         train_tokenizer(world / "llm")
         for done in [pool.submit(train_llm, world), pool.submit(train_clip, world)]:
             done.result()
+    os.close(parent)
 
 
 # ------------------------------------------------------------------------------------------

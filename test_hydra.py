@@ -6,8 +6,7 @@ Experiments, below the tests:
 
     python test_hydra.py compare --methods aligned,hydra,eva --seeds N [--damage noise:LAYER] [flags of train.py]
     python test_hydra.py lab WORLDS METHODS [SEEDS] [STEPS]    where it is known what needs how much rank
-    python test_hydra.py memory [--model 1.7b|3b|tiny] [flags of train.py]      a step's peak, counted without a GPU
-    python test_hydra.py speed [the same]    a step's samples/s, TFLOP/s and real peak
+    python test_hydra.py memory|speed [--model 1.7b|3b|tiny] [flags of train.py]    a step's peak, counted; its speed
     python test_hydra.py bench               our step, adapter and images beside the usual ones (needs peft)
 """
 
@@ -844,9 +843,11 @@ def test_processes_that_differ_stop_the_run(run, monkeypatch, sign, message):
     refused(message, run)
 
 
-def test_a_full_gpu_is_said_in_a_line(run, monkeypatch):
-    monkeypatch.setattr(train, "run", Mock(side_effect=torch.OutOfMemoryError))
+def test_full_memory_is_said_in_a_line(run, monkeypatch):
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    monkeypatch.setattr(train, "run", Mock(side_effect=[torch.OutOfMemoryError, killed]))
     refused("the GPU's memory is full: lower --max_tokens_per_pass", run)
+    refused("a process that reads images was killed: lower --num_workers", run)
 
 
 def test_eval_answers_and_scores(run, world, stage1, stage2, tmp_path):
@@ -893,6 +894,7 @@ def test_a_card_too_small_is_refused_with_the_numbers(world, stage1, group, monk
     refused(r"alone take 0\.\d GB, and the GPU has 0\.0", train.check_memory, *arguments)
     card.total_memory = 10**9
     train.check_memory(*arguments)
+    refused("10000000: images read ahead", train.check_memory, replace(arguments[0], num_workers=10**7), *arguments[1:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1504,10 +1506,8 @@ def test_fuzz(world, stage2, pictures, tokenizer, tmp_path, name):
     hypothesis.settings(max_examples=count, deadline=2000, database=None)(hypothesis.given(edits)(test))()
 
 
-# Experiments, for those who check claims. None of it is needed to train, or to read hydra.py, train.py and data.py.
 # ==========================================================================================
-
-# ------------------------------------------------------------------------------------------
+# Experiments, for those who check claims. None of it is needed to train, or to read hydra.py, train.py and data.py.
 # compare: methods in pairs: the runs of a seed have the same data order, projector and budget
 
 RIVALS = ("eva", "adalora")  # PEFT's: train.py does not know them

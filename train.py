@@ -24,6 +24,7 @@ import math
 import os
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -706,6 +707,12 @@ def check_memory(config, model, device):
     if device.type == "cuda" and fixed > (there := torch.cuda.get_device_properties(device).total_memory):
         raise Mistake(f"--model {config.model}: weights and optimizer alone take {fixed / 1e9:.1f} GB, and the GPU has "
                       f"{there / 1e9:.1f}; take a smaller model or --lora_rank")  # fmt: skip
+    # each reading process has two passes ahead, its node's in one shared memory: where it is full they wait for ever
+    passes = 2 * config.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ahead = passes * config.per_device_train_batch_size * 3 * 4 * model.image_size**2
+    if os.path.isdir("/dev/shm") and ahead > (free := shutil.disk_usage("/dev/shm").free):
+        raise Mistake(f"--num_workers {config.num_workers}: images read ahead take {ahead / 1e9:.2f} GB, /dev/shm has "
+                      f"{free / 1e9:.2f}; lower it, or give more (docker run --shm-size)")  # fmt: skip
 
 
 def parameter_table(model):
@@ -880,10 +887,12 @@ def main():
     except BaseException as error:
         # they hold the loader: without it the processes that read images end; else Python waits for them for ever
         traceback.clear_frames(error.__traceback__)
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
-        raise Mistake(f"the GPU's memory is full: {advice}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
+            raise Mistake(f"the GPU's memory is full: {advice}") from error
+        if "DataLoader worker" in str(error):
+            raise Mistake("a process that reads images was killed: lower --num_workers, go on by --resume") from error
+        raise
     dist.barrier()
     dist.destroy_process_group()
 
