@@ -648,7 +648,7 @@ def read_mmbench(path, instruction):
     """MMBench's table of tab-separated values; a rotated copy may give the index of the row with its image."""
     csv.field_size_limit(2**27)  # an image is one field, the default limit 128 KiB
     with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file, delimiter="\t")
+        table = csv.DictReader(file, delimiter="\t", strict=True)
         rows = list(table)
     if missing := [column for column in MMBENCH if column not in (table.fieldnames or ())]:
         raise Mistake(f"{path}: has no column {', '.join(missing)}")
@@ -673,11 +673,11 @@ def words(prompt):
 def find_labels(name, questions, path):
     """The label of each question, or None, from annotations that name the questions in another way."""
     if name == "gqa":
-        labels = {question_id: str(row["answer"]) for question_id, row in read_json(path).items()}
+        labels = {question_id: str.strip(row["answer"]) for question_id, row in read_json(path).items()}
         return [labels.get(str(q["question_id"])) for q in questions]
     if name == "textvqa":
         rows = [row for row in read_json(path)["data"] if len(row["answers"]) == 10]
-        labels = {(row["image_id"], words(row["question"])): list(map(str, row["answers"])) for row in rows}
+        labels = {(row["image_id"], words(row["question"])): list(map(str.strip, row["answers"])) for row in rows}
         return [labels.get((q["question_id"], words(q["text"]))) for q in questions]
 
     def key(row):

@@ -624,8 +624,9 @@ class Log:
         *lines, last = self.file.read(size).split(b"\n")
         self.size = sum(len(line) + 1 for line in lines)
         with reading(path):
-            if not b'{"question_id"'.startswith(last[:14]):  # how answers begin, however early the kill came
-                raise Mistake(f"{path}: its last line is no row of ours, and has no line break; name another file")
+            # how answers begin, however early the kill came
+            if last.endswith(b"}") or not b'{"question_id"'.startswith(last[:14]):
+                raise Mistake(f"{path}: its last line is no row of ours, or lacks its line break; name another file")
             self.rows = list(map(json.loads, lines))
 
     def __call__(self, **row):
