@@ -891,7 +891,7 @@ def main():
         if isinstance(error, torch.OutOfMemoryError):
             advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
             raise Mistake(f"the GPU's memory is full: {advice}") from error
-        if "DataLoader worker" in str(error):
+        if str(error).startswith("DataLoader worker"):
             raise Mistake("a process that reads images was killed: lower --num_workers, go on by --resume") from error
         raise
     dist.barrier()
