@@ -540,10 +540,11 @@ def parse_arguments(words=None):
     may_be = dict.fromkeys(("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad"), 0)
     may_be["max_grad_norm"] = math.inf
     for name, value in vars(config).items():
+        limit = 1e9 if type(value) is int else 1e38  # what fp32 holds
         if type(value) is str:
             data.check_text(value, f"--{name}")
-        elif type(value) in (int, float) and not (0 < value < 10**9 or value == may_be.get(name)):
-            raise Mistake(f"--{name} {value}: give a positive number below 1,000,000,000")
+        elif type(value) in (int, float) and not (0 < value < limit or value == may_be.get(name)):
+            raise Mistake(f"--{name} {value}: give a positive number below {limit:g}")
         if value == "":
             raise Mistake(f"--{name}: is empty; name a file or folder, or leave the flag out")
     for name in ("lora_dropout", "warmup_ratio"):
