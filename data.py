@@ -415,7 +415,8 @@ def check_text(text, source):
 
 
 def name_of(record):
-    return record.get("id", "without id") if isinstance(record, dict) else "without id"
+    name = record.get("id", "without id") if isinstance(record, dict) else "without id"
+    return " ".join(str(name).split())  # a line, whatever it holds
 
 
 def find_problems(path, images):
@@ -616,7 +617,8 @@ def read_benchmark(name, path, annotations=None):
             labels = find_labels(name, questions, Path(annotations))
         questions = [question | {"label": label} for question, label in zip(questions, labels)]
     bad = [q for q in questions if not q["label"] or name != "textvqa" and not read(q["label"])]
-    bad += [q for q in questions if name == "pope" and q["label"] not in ("yes", "no")]  # of which any text is one
+    # pope's reader takes any other text for "yes"
+    bad += [q for q in questions if name == "pope" and q["label"] not in ("yes", "no", "Yes", "No")]
     refuse(bad, f"questions have no valid label in {annotations or path}")
     odd = [q for q in questions if not isinstance(q.get("category"), str | None) or not q["text"].strip()]
     refuse(odd, "questions have no text, or a category that is not text")

@@ -681,6 +681,8 @@ def read_weights(path):
             else:  # files of the old format, which are no zip files, cannot be mapped
                 read = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             read = {key: tensor for key, tensor in read.get("state_dict", read).items() if torch.is_tensor(tensor)}
+        if any(tensor.element_size() < 2 for tensor in read.values()):
+            raise Mistake(f"{file}: holds weights of 8 bits, which is not supported; give those of full precision")
         if twice := weights.keys() & read.keys():
             raise Mistake(f"{file}: has {min(twice)}, which another file there has, too: remove the older files")
         weights |= read
@@ -861,6 +863,8 @@ def restore(model, folder):
     freeze(model, model.stage, config.get("method"))
     weights = read_weights(find_checkpoint(folder) / "model.safetensors")
     check_fit({name: p for name, p in model.named_parameters() if p.requires_grad}, weights, f"{folder} ({fits})")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise Mistake(f"{folder}: its weights are not all finite; train again, with a lower --learning_rate")
     model.load_state_dict(weights, strict=False)
 
 

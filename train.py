@@ -61,7 +61,7 @@ class Config:
 
     stage: int | str = flag(
         None, "1: projector on captions; 2: projector and adapters on instructions; eval: a benchmark", required=True,
-        choices=(1, 2, "eval"), type=lambda word: int(word) if word.isdigit() else word)  # fmt: skip
+        choices=(1, 2, "eval"), type=lambda word: int(word) if word.isdecimal() else word)  # fmt: skip
     benchmark: str = flag(None, "eval: whose questions and score", choices=tuple(data.BENCHMARKS))
     model: str = flag("tiny", "tiny, 1.7b, 3b, a folder or hub id of a LLaMA or MobileVLM, or a run of stage 1")
     vision_tower: str = flag(None, "folder or hub id of a CLIP (default: the model's)")
@@ -217,7 +217,9 @@ def loss_and_targets(model, batches):
 def held_out_loss(model, batches):
     """Loss per target token over all processes' batches."""
     loss, targets = loss_and_targets(model, batches)
-    return loss / max(targets, 1)
+    if not targets:
+        raise Mistake("--data: of the records held out none is left with a target; give more, or repair them")
+    return loss / targets
 
 
 def collate_pass(samples, most_tokens, image_tokens):
@@ -329,6 +331,8 @@ def build_model(config, device):
     if model.stage == 2:
         words = f"python hydra.py export {source} --format mobilevlm --to DIR"
         raise Mistake(f"--model {source}: has been through stage 2; first: {words}")
+    if config.stage == 2 and config.stage1 and Path(config.projector or "").is_file():
+        raise Mistake("--stage1, --projector FILE: both bring a trained projector; give one of them")
     if config.stage == 2 and (config.stage1 or model.stage == 0):  # 0: its projector is new
         stage1 = config.stage1 or f"runs/{Path(config.model).name}/stage1"
         if not hydra.find_checkpoint(stage1):
@@ -499,7 +503,7 @@ def run(config):
             log(**entry)
         if done % config.log_steps == 0 or done == total_steps:
             seconds = time.time() - started
-            mean = state["loss"] / max(state["targets"], 1)
+            mean = state["loss"] / (state["targets"] or math.nan)  # when all steps since were left out
             state |= {"loss": 0.0, "targets": 0.0}
             left = seconds / (done - first) * (total_steps - done)
             say(f"{100 * done / total_steps:5.1f}%  loss {mean:.3f}  lr {rate:.2e}  "
@@ -594,7 +598,7 @@ def set_up_processes():
         store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
     if given and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device:
         torch.cuda.set_device(device)
@@ -769,6 +773,8 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
     result = evaluate(config, model, tokenizer, validation, questions, log, state["step"])
     before, after = state["before"], result["held_out_loss"]
     say(f"held-out loss {before:.3f} -> {after:.3f} ({100 * (after / before - 1):+.0f} %)")
+    if not math.isfinite(after):
+        raise Mistake(f"--out {config.out}: the model gives no finite loss any more; lower --learning_rate")
     if questions:
         result["test_loss"] = test_loss(config, model, tokenizer, questions)
         blind = accuracy(blind_answers(train, questions))
