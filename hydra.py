@@ -237,7 +237,9 @@ class HybridLoRALinear(nn.Module):
         moment = optimizer.state[A]["exp_avg"] if optimizer else None
         self.lora_A = nn.Parameter(torch.cat([A[kept], self.new_rows(added, moment)]))
         self.lora_B = nn.Parameter(F.pad(B[:, kept], (0, added)))
-        for old, new, dim in ((A, self.lora_A, 0), (B, self.lora_B, 1)) if optimizer else ():
+        if optimizer is None:
+            return kept
+        for old, new, dim in ((A, self.lora_A, 0), (B, self.lora_B, 1)):
             for group in optimizer.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
             state = optimizer.state[new] = optimizer.state.pop(old)
@@ -413,9 +415,9 @@ def worths(adapter, optimizer):
     the gradient of its output: with x and g independent, by half the sum of those squares, Σ being the mean of x xᵀ
     and Γ that of g gᵀ (K-FAC, arXiv 1503.05671). What all adapters share (½, batch, clipping) the price takes up.
 
-    Σ and Γ are taken as diagonal, and Adam has them: its running mean of A[j, i]'s squared gradients, summed over
-    components j, is Σ[i, i] · b², that of B[i, j] is Γ[i, i] · a², where a = |A Σ^½| and b = |Γ^½ B|. So
-    `left` is a · Γ^½ B, `right` is b · Σ^½ Aᵀ, both of norm a · b. (Gradients hold the adapter's scale.)
+    Σ and Γ are taken as diagonal, and Adam has them: A[j, i]'s gradient is (Bᵀg)[j] · x[i], whose squares' mean,
+    summed over components j, is Σ[i, i] · b²; that of B[i, j] is Γ[i, i] · a², with a = |A Σ^½|, b = |Γ^½ B|.
+    So `left` is a · Γ^½ B, `right` is b · Σ^½ Aᵀ, both of norm a · b. (Gradients hold the adapter's scale.)
     """
     of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]
     of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]
@@ -515,7 +517,7 @@ class RankController:
         # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # for what is to come: the last one there
+        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # for the price: of what grows, the last there
         entry["maskings"] = [
             {"worth": float(raw[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, stand_in)
@@ -531,11 +533,11 @@ class RankController:
         next_look = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
         left_then = entry["probe_loss"] - fall * (next_look - step) / (step - previous["step"])
         is_first = not any("judged" in event for event in self.history)
-        share_left = (self.event_steps[-1] - step) / step  # the later a first move, the less can be learned from it
-        entry["vetoes"] = {
+        left_to_gone = (self.event_steps[-1] - step) / step  # 3 at 10 %, 0 at the last event: no first move there
+        entry["vetoes"] = {  # "not": they hold for what is no number, too
             "worths tell no more than a count of components": not error < blind,
             "no gain, or more than the loss left at the next look": not 0 < gain < left_then,
-            "too little gain for a first move as late as this": is_first and not gain * share_left > max(fall, 0.0),
+            "too little gain for a first move as late as this": is_first and not gain * left_to_gone > max(fall, 0.0),
         }
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
         if self.method == "hydra" and any(entry["vetoes"].values()):

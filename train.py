@@ -295,9 +295,9 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    min(5 %, 256 + G) of the records, spread over the file, are held out, G being the global batch, or 32 if that is
-    more. Of these about G, at most every third, are the probe, on which the rank method measures; the others are the
-    validation records, which what is reported comes from.
+    min(5 %, 256 + G) of the records, spread over the file, are held out, with G = max(32, global batch). Of these about
+    G, at most every third, are the probe, on which the rank method measures; the others are the validation records,
+    which what is reported comes from.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
