@@ -831,7 +831,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(run, tmp_path, monkeypatch
     assert all(math.isfinite(row["loss"]) for row in log)
     monkeypatch.undo()
     far = dict(learning_rate=1e30, max_grad_norm=1e30)
-    refused(r"(?s)no finite gradient for 11 steps.* records \['instruct-", run, out=tmp_path / "none", **far)
+    refused(r"(?s)no finite gradient for 11 steps.*look at records \['instruct-", run, out=tmp_path / "none", **far)
     refused("gives no finite loss any more; lower --learning_rate", run, out=tmp_path / "short", max_steps=3, **far)
 
 
@@ -940,7 +940,7 @@ def test_chat_reads_to_the_end_and_prints_on_any_terminal(world, uneven, tmp_pat
     words = ["chat", tmp_path / "vlm", "--vision_tower", world / "clip", "--max_new_tokens", 4, "--image"]
     ascii, image = {"PYTHONIOENCODING": "ascii"}, world / "images" / "00000.png"
     output = command("hydra.py", *words, image, input="What is it?\nAnd now?\n", env=ascii)
-    assert output.isascii() and len(re.findall(r"(\\ufffd|\\xe9)+\n", output)) == 2
+    assert output.isascii() and len(re.findall(r"(\\ufffd)+\n", output)) == 2
     output = command("hydra.py", *words, "é.png", env=ascii, code=2)
     assert output.startswith("hydra.py: error: ") and "\\xe9.png: no such image" in output and output.count("\n") == 1
 

@@ -705,7 +705,7 @@ def expected_peak(model, config, device):
 
 
 def check_memory(config, model, device):
-    """Say the bound and what a step is expected to take; Mistake if the GPU cannot hold what is always there."""
+    """Say the bound and what a step is expected to take; Mistake if the GPU's or the readers' memory is too small."""
     fixed, per_token = expected_peak(model, config, device)
     bound = config.max_tokens_per_pass
     say(f"at most {bound:,} tokens in a pass: about {(fixed + bound * per_token) / 1e9:.1f} GB at the peak "
