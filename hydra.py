@@ -15,7 +15,7 @@ Read this file down to the section comment that says what to skip; then train.py
 
     hierarchical   ranks differ between layers (coarse) and between the linears inside a layer (fine)
     dynamic        ranks move during training to where Adam's second moments say that the loss needs them; a
-                   performance model, fitted to losses measured by then, can veto
+                   performance model, fitted to measured losses, can veto
     equal budget   never more adapter parameters than LoRA with one rank for all
 
 Written from the paper's abstract and its authors' README, whose ideas these three are; its text was not at hand.
@@ -161,7 +161,7 @@ class HybridLoRALinear(nn.Module):
                         └─ dropout ─ A [r, in] ─ B [out, r] ·scale ┘
 
     A component is one row of A with its column of B; the rank r, at least 1, moves by adding and dropping components.
-    It is kept as coarse rank (the layer's mean, rounded) + fine rank (what this projection has beyond it, may be
+    The rank is kept as coarse rank (the layer's mean, rounded) + fine rank (what this projection has beyond it, may be
     negative), which is bookkeeping: what is coarse and fine in a decision is in RankController.shrink. B starts at
     zero, so that the function starts as the base's. The scale belongs to the adapter and stays when the rank moves:
     AdaLoRA's author found that rescaling by the new rank hurts.
@@ -184,7 +184,7 @@ class HybridLoRALinear(nn.Module):
         tokens = x.flatten(0, -2)  # [n, in]
         y = self.base(tokens)
         if self.training and self.dropout:
-            # kept for the backward pass are the tokens, which q, k and v share; what is dropped is drawn again
+            # kept for the backward pass are the tokens alone, which q, k and v share: dropout is drawn again there
             read = lambda tokens, A: F.linear(drop(tokens, self.dropout), A)
             h = checkpoint(read, tokens, self.lora_A, use_reentrant=False)  # [n, r]
         else:
@@ -197,14 +197,14 @@ class HybridLoRALinear(nn.Module):
         return self.scale * self.lora_B @ self.lora_A
 
     def by_strength(self):
-        """Numbers of the components [r], those first that add most to the weights."""
+        """Indices of the components [r], the strongest first: by norm of A's row · norm of B's column."""
         return (self.lora_A.norm(dim=1) * self.lora_B.norm(dim=0)).argsort(descending=True, stable=True)
 
     def new_rows(self, count, moment=None):
-        """Rows of A [count, in] to add: where the gradient draws those that are there, outside of their span.
+        """New rows of A [count, in]: the strongest directions, of length 1, that A's gradient has outside of A's rows.
 
-        moment: the gradient's running mean [r, in]; its strongest directions are taken, with length 1. Without one, or
-        beyond r, rows are uniform as LoRA's (Kaiming, a = √5).
+        moment: the gradient's running mean [r, in]. Without one, or beyond r, rows are uniform as LoRA's (Kaiming,
+        a = √5).
         """
         bound = 1 / math.sqrt(self.base.in_features)
         # drawn on the CPU: the same numbers on every device
@@ -342,7 +342,7 @@ class HydraVLM(nn.Module):
         images = 0 if pixel_values is None else len(pixel_values)
         if is_image.sum() != images:
             raise ValueError(f"{int(is_image.sum())} image placeholders for {images} images")
-        # places that each id takes [B, T]: of BOS, <image>, "What" with 144 tokens an image 1, 144, 1; of padding 0
+        # places that each id takes [B, T]: text 1, an image 144, padding 0
         places = torch.where(is_image, self.image_tokens, 1)
         places = places if attention_mask is None else places * attention_mask
 
@@ -351,7 +351,7 @@ class HydraVLM(nn.Module):
             return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=padding_side)
 
         mask = expand(torch.ones_like(input_ids), 0)
-        ids = expand(input_ids, 0)  # the image's get any embedding, in whose place its tokens come
+        ids = expand(input_ids, 0)  # IMAGE_TOKEN gets some embedding, which the image's replace below
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0).to(device, non_blocking=True))  # [B, T', D]
         if images:
             features = self.clip(pixel_values.to(device, non_blocking=True))
@@ -409,32 +409,32 @@ class HydraVLM(nn.Module):
 
 
 def worths(adapter, optimizer):
-    """What an adapter's update is worth to the loss: the squared singular values [r] of Γ^½ B A Σ^½, largest first.
+    """What components of an adapter's update B A are worth: squared singular values [r] of Γ^½ B A Σ^½, falling.
 
-    Without the update B A the loss rises, to second order, by half the mean of (gᵀ B A x)², x being an input and g
-    the gradient of its output: with x and g independent, by half the sum of those squares, Σ being the mean of x xᵀ
-    and Γ that of g gᵀ (K-FAC, arXiv 1503.05671). What all adapters share (½, batch, clipping) the price takes up.
+    x is the adapter's input, g its output's gradient, Σ the mean of x xᵀ, Γ that of g gᵀ. Without the update the
+    loss rises, to second order, by half the mean of (gᵀ B A x)²: with x and g independent, by half the sum of these
+    squares (K-FAC, arXiv 1503.05671). What all adapters share (½, batch, clipping) the price takes up.
 
-    Σ and Γ are taken as diagonal, and Adam has them: A[j, i]'s gradient is (Bᵀg)[j] · x[i], whose squares' mean,
-    summed over components j, is Σ[i, i] · b²; that of B[i, j] is Γ[i, i] · a², with a = |A Σ^½|, b = |Γ^½ B|.
-    So `left` is a · Γ^½ B, `right` is b · Σ^½ Aᵀ, both of norm a · b. (Gradients hold the adapter's scale.)
+    Adam has the diagonals of Σ and Γ, taken for the whole: A[j, i]'s gradient is (Bᵀg)[j] · x[i]; its mean square,
+    summed over components j, is Σ[i, i] · b², that of B[i, j] Γ[i, i] · a² (gradients hold the adapter's scale).
+    a = |A Σ^½| and b = |Γ^½ B| are divided out at the end. Of tall matrices the QR's triangle is enough.
     """
-    of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]
-    of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]
-    right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]
-    left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]
+    of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]: b² Σ
+    of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]: a² Γ
+    right = torch.linalg.qr((adapter.lora_A * of_inputs.sqrt()).T).R  # [r, r]: of b Σ^½ Aᵀ, of norm a · b
+    left = torch.linalg.qr(adapter.lora_B * of_outputs.sqrt()[:, None]).R  # [r, r]: of a Γ^½ B, of norm a · b
     squares = torch.linalg.svdvals(left @ right.T).square()
     bias_correction = 1 - optimizer.defaults["betas"][1] ** optimizer.state[adapter.lora_B]["step"]
     return (squares / (bias_correction * left.norm() * right.norm()).clamp(min=1e-150) + 1e-30).cpu().numpy()
 
 
 def lasting(now, then):
-    """The share of deviations that the look before bears out: their covariance / the variance now, 0 to 1."""
+    """The share of deviations that the event before had, too: their covariance / the variance now, 0 to 1."""
     return float(np.clip((now * then).sum() / max((now**2).sum(), 1e-12), 0, 1))
 
 
 def fill(worth, costs, budget):
-    """Ranks [M]: 1 each, then the components of most worth [M, K], falling along K, per parameter, if not worth 0."""
+    """Ranks [M]: 1 each, then what is of most worth per cost, until the budget is spent. worth [M, K] falls along K."""
     ranks = np.ones(len(costs), int)
     left = budget - costs.sum()
     value = worth[:, 1:] / costs[:, None]
@@ -447,21 +447,21 @@ def fill(worth, costs, budget):
 
 
 class RankController:
-    """Moves the ranks of a model's adapters during stage 2, on what their components are worth at a few looks.
+    """Moves the ranks of a model's adapters at a few events of stage 2, within the budget.
 
-    The worths say how many components an adapter gets, by_strength which go: its n weakest are taken to be worth the n
-    smallest. Component k, not there yet, is worth w_r · r(r + 1) / k(k + 1), w_r being the worth of the last that is
-    there. How w_r per parameter deviates from the other adapters' is believed as far as the look before bears it out,
-    for layers (coarse) and projections in them (fine) apart: so nothing moves at the first look. The components of most
-    worth per parameter get the budget: an adapter of rank 2 whose last is worth four times the others' gets a third,
-    worth 4 · (2 · 3) / (3 · 4) = 2 of theirs, and a fourth; two of them make way.
+    At an event `worths` weighs the components that are there; component k > r is promised w_r · r(r + 1) / k(k + 1),
+    w_r being the worth of the adapter's last. `shrink`: log(w_r / cost) deviates by layer (coarse) and by projection in
+    a layer (fine); of each part is believed what the event before had, too: at the first nothing, and nothing moves.
+    `fill`: the budget goes to what is of most worth per cost. Where all ranks are 2, an adapter whose last is worth 4
+    times the others' gets a third, worth 4 · 6/12 = 2 of theirs, and a fourth, 4 · 6/20 = 1.2; two lose their last.
+    by_strength says which components go: the n weakest are taken to be worth the n smallest.
 
-    A performance model has to consent. Its price, loss per worth, is fitted to what the probe loss rises by while
-    components are masked; its trust is what added components brought of what they promised. The history is all that
-    is remembered. method "hydra"; to compare, without consent: "dynamic", and at two events those of `weaken`.
+    `decide`: a performance model has to consent. Its price, loss per worth, is fitted to what the probe loss rises by
+    while components are masked; its trust is what moves brought of what they promised. The history is all that is kept.
+    method "hydra"; to compare: "dynamic" needs no consent, those of `weaken` neither, and they have two events.
     """
 
-    EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps; the first is a look alone: it has none to compare with
+    EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps
 
     def __init__(self, model, rank, total_steps, seed=0, method="hydra"):
         self.modules = list(adapters(model).values())
@@ -485,7 +485,7 @@ class RankController:
         self.history.append(entry)  # below, `fit` and `rise_without` read it there
         if math.isfinite(entry["probe_loss"]) and optimizer.state:  # none while every step was skipped
             spectra = [worths(module, optimizer) for module in self.modules]
-            if dist.is_initialized():  # a decision is made once
+            if dist.is_initialized():  # all decide on the first process's
                 dist.broadcast_object_list(spectra)
             ranks = self.decide(before, spectra, measure, entry, previous)
         if entry["choice"] == "move":
@@ -514,10 +514,10 @@ class RankController:
         if (ranks == before).all():
             return before
 
-        # the prediction: what is to go costs what masking it does; what is to come brings its worth times the price
+        # the prediction: price · worth of what comes, less what the loss rises by while what goes is masked
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # for the price: of what grows, the last there
+        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # masked for the price, in place of what is added
         entry["maskings"] = [
             {"worth": float(raw[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, stand_in)
@@ -527,16 +527,16 @@ class RankController:
         promised = math.exp(log_price) * float(believed[added].sum())
         gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
 
-        # the consent; at its pace since the last look training alone comes down to `left_then`: no move can gain more
+        # the consent; training alone, at its pace since the event before, leaves `left_then` at the next
         step = entry["step"]
         fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
-        next_look = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
-        left_then = entry["probe_loss"] - fall * (next_look - step) / (step - previous["step"])
+        next_event = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
+        left_then = entry["probe_loss"] - fall * (next_event - step) / (step - previous["step"])
         is_first = not any("judged" in event for event in self.history)
         left_to_gone = (self.event_steps[-1] - step) / step  # 3 at 10 %, 0 at the last event: no first move there
-        entry["vetoes"] = {  # "not": they hold for what is no number, too
+        entry["vetoes"] = {  # with "not", so that what is no number is a veto, too
             "worths tell no more than a count of components": not error < blind,
-            "no gain, or more than the loss left at the next look": not 0 < gain < left_then,
+            "no gain, or more than the loss left at the next event": not 0 < gain < left_then,
             "too little gain for a first move as late as this": is_first and not gain * left_to_gone > max(fall, 0.0),
         }
         entry |= {"predicted_gain": gain, "error": error, "error_without_signals": blind, "choice": "abstain"}
@@ -546,7 +546,7 @@ class RankController:
         return ranks
 
     def trust(self, measure, entry, previous):
-        """The share of its promise that a move keeps. What it brought is the rise without as many as it added."""
+        """Brought / promised of all moves, 0 to 1: a move brought what masking as many as it added raises now."""
         if "added" in previous:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
@@ -563,12 +563,12 @@ class RankController:
         return log_worth.mean() + (shares[0] * coarse + shares[1] * fine).flatten()
 
     def fit(self, column):
-        """(log price of rise = price · "worth" or "components" masked, its RMS error at maskings left out)."""
+        """Of rise = price · column ("worth" or "components"): (log price, its RMS error at maskings left out)."""
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x, rise = np.array([(masking[column], masking["rise"]) for masking in maskings]).T
         floor = 1e-3 * abs(rise).max() + 1e-12  # by chance a rise may be below 0, and have no logarithm
         log_price = np.log(np.maximum(rise, floor) / x)
-        left_out = (log_price - log_price.mean()) * len(x) / max(len(x) - 1, 1)  # each from the mean of the others
+        left_out = (log_price - log_price.mean()) * len(x) / max(len(x) - 1, 1)  # distance from the others' mean
         return float(log_price.mean()), float(np.sqrt((left_out**2).mean()))
 
     def rise_without(self, counts, measure):
