@@ -66,7 +66,7 @@ class Mistake(ValueError):
 
 @contextmanager
 def reading(source):
-    """What a parser, decoder or unpickler raises inside, nearly anything, becomes a Mistake about the source."""
+    """Whatever a parser, decoder or unpickler raises in the block becomes a Mistake about the source."""
     try:
         yield
     except Mistake:
@@ -80,7 +80,7 @@ def reading(source):
 
 @contextmanager
 def whole(path):
-    """A new folder: what is written to the one given appears as `path` at the end, on the disk, or not."""
+    """A new folder `path`, whole or not there: what is written to the one given becomes it at the end of the block."""
     path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.unfinished")  # hidden: no names that a user gives to what is theirs
     old = path.with_name(f".{path.name}.old")
@@ -99,6 +99,8 @@ def whole(path):
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists() and old.is_dir():
+            old.rename(path)
         raise Mistake(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
 
 
@@ -178,7 +180,7 @@ def open_image(folder, name):
 
 
 def image_to_tensor(image, size, mode):
-    """RGB image -> normalised float tensor [3, size, size], upstream's to two steps of 255.
+    """RGB image -> normalised float tensor [3, size, size], within 2/255 of upstream's.
 
     mode "crop" (stage 1) keeps the middle square; "pad" (stage 2) loses nothing: the image is
     set in the middle of a square of CLIP's mean colour. Both then resize with a bicubic filter.
@@ -222,7 +224,7 @@ def read_json(path, lines=False):
 
     with reading(path):
         content = Path(path).read_bytes()
-    if not (lines or str(path).endswith(".jsonl") or re.search(rb"}\s*\n\s*{", content)):  # which no one value holds
+    if not (lines or str(path).endswith(".jsonl") or re.search(rb"}\s*\n\s*{", content)):  # "}", line break, "{": lines
         return parse(content)
     rows = content.splitlines()
     last = ", the last, is cut short or"
@@ -302,7 +304,7 @@ def collate(samples):
 
 
 def bounded_batches(samples, most_tokens, image_tokens):
-    """The batches that samples are run in: as few as hold at most so many tokens each, rows × longest row.
+    """Samples as the fewest batches that hold at most so many tokens each, rows × longest row.
 
     A row that is longer by itself goes alone. Rows are sorted by length, so that little is padding.
     """

@@ -146,7 +146,7 @@ class LDPNet(nn.Module):
 
 
 def drop(x, share):
-    """F.dropout; on a CPU, where its draws take longer than a product with A, by whole numbers of 15 bits."""
+    """F.dropout; on a CPU, where its draws take longer than a product with A, from whole numbers of 15 bits."""
     if x.is_cuda:
         return F.dropout(x, share)
     drawn = torch.empty_like(x, dtype=torch.int16).random_()  # 0 to 2¹⁵ - 1

@@ -103,7 +103,7 @@ class Config:
 
 TOY = Path("runs/tiny/world")
 SOURCES = {"tiny": str(TOY / "llm"), "1.7b": "mtgv/MobileLLaMA-1.4B-Chat", "3b": "mtgv/MobileLLaMA-2.7B-Chat"}
-RECIPES = {  # of the two stages, MobileVLM's: for a global batch on any number of GPUs
+RECIPES = {  # MobileVLM's by stage, the toy's for both: for a global batch on any number of GPUs
     1: dict(global_batch_size=256, per_device_train_batch_size=32),
     2: dict(global_batch_size=128, per_device_train_batch_size=16, lora_rank=128, lora_alpha=256.0, lora_dropout=0.05),
     "tiny": dict(global_batch_size=16, per_device_train_batch_size=16, lora_rank=4, lora_alpha=8.0, lora_dropout=0.0),
@@ -128,7 +128,7 @@ def total(*values):
 
 
 def gather(values):
-    """The lists of all processes as one, in order of rank."""
+    """The lists of all processes as one, in the order of the processes."""
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return sum(lists, [])
@@ -157,7 +157,7 @@ def autocast(device):
 
 def save(config, model, state):
     """out/checkpoint-STEP, whole or not at all, with all that the loop needs; then all but the newest go."""
-    torch.save(state, buffer := io.BytesIO())  # to a full disk itself it would hide the reason
+    torch.save(state, buffer := io.BytesIO())  # in memory: of a full disk torch.save hides the reason
     with whole(Path(config.out, f"checkpoint-{state['step']}")) as folder:
         description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": vars(config)}
         hydra.write_model(folder, model, description)
@@ -180,7 +180,7 @@ def load(checkpoint, config, model, records, optimizer, controller):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         if state["records"] != records:
             raise Mistake(f"--resume: the records of --data {config.data} are not those of {checkpoint}")
-        # the adapters of a run's ranks are new objects: the optimizer gets them first
+        # restore has made new parameters, of other ranks: the optimizer gets them, then its state
         optimizer.param_groups[0]["params"] = trained_parameters(model)
         optimizer.load_state_dict(state.pop("optimizer"))
         if controller:
@@ -223,7 +223,7 @@ def held_out_loss(model, batches):
 
 
 def collate_pass(samples, most_tokens, image_tokens):
-    """(the batches that a pass is run in, one or more; what was broken in it)"""
+    """(the batches that a pass is run in, one or more; the broken images met in it)"""
     bad = [problem for sample in samples for problem in sample["bad"]]
     return data.bounded_batches(samples, most_tokens, image_tokens), bad
 
@@ -266,9 +266,9 @@ def accuracy(answered):
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
-def evaluate(config, model, tokenizer, validation, questions, log, step):
+def evaluate(config, model, tokenizer, batches, questions, log, step):
     """Held-out loss, accuracy on the questions and a few samples; printed, logged, returned."""
-    entry = {"step": step, "held_out_loss": held_out_loss(model, validation)}
+    entry = {"step": step, "held_out_loss": held_out_loss(model, batches)}
     say(f"step {step}: held-out loss {entry['held_out_loss']:.3f}")
     if step == 0 and not math.isfinite(entry["held_out_loss"]):
         raise Mistake(f"--model {config.model}: gives no finite loss before training; its weights are damaged")
@@ -279,9 +279,9 @@ def evaluate(config, model, tokenizer, validation, questions, log, step):
         say("    accuracy: " + ", ".join(f"{kind} {value:.2f}" for kind, value in entry["accuracy"].items()))
         for question, text in answered[:3]:
             say(f"    {question['image']}: {question['text'].splitlines()[0]} -> {text} (right: {question['label']})")
-    elif config.stage == 1 and step and validation:
+    elif config.stage == 1 and step and batches:
         with autocast(model.llm.device):  # from BOS and the image alone
-            ids = model.generate(validation[0]["input_ids"][:3, :2], None, validation[0]["pixel_values"][:3], 40)
+            ids = model.generate(batches[0]["input_ids"][:3, :2], None, batches[0]["pixel_values"][:3], 40)
         for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
             say(f"    caption: {text.strip().partition(chr(10))[0]}")
     log(**entry)
@@ -297,7 +297,7 @@ def read_data(config):
 
     min(5 %, 256 + G) of the records, spread over the file, are held out, with G = max(32, global batch). Of these about
     G, at most every third, are the probe, on which the rank method measures; the others are the validation records,
-    which what is reported comes from.
+    which what is reported comes from. Without a rank method the probe is left out, too: all train on the same records.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
@@ -382,7 +382,7 @@ def run(config):
     logged = log_file.read_bytes() if log_file.is_file() else b""
     if (checkpoint or logged) and not config.resume:
         raise Mistake(f"--out {config.out}: holds a run; add --resume to continue it, or name another folder")
-    if not b'{"step"'.startswith(logged[:7]):
+    if not b'{"step"'.startswith(logged[:7]):  # an empty one and one cut short are ours
         raise Mistake(f"{log_file}: is no log of a run; name another folder")
     if config.resume and not checkpoint:
         say(f"--resume: no checkpoint in {config.out} yet, starting from the beginning")
@@ -471,7 +471,7 @@ def run(config):
 
         loss, targets, seen, broken, stop = total(loss, targets, tokens, len(bad), bool(stop_signals))
         trained = trained_parameters(model)
-        # from what DDP gives, the mean over processes of sums, to the mean over all targets of the global batch
+        # DDP gives the processes' mean of sums over targets: times this the mean over all targets of the global batch
         torch._foreach_mul_([p.grad for p in trained], world_size / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         is_finite = math.isfinite(norm)  # the same on all processes, which have exchanged their gradients
