@@ -449,11 +449,16 @@ def problem_of(record, roots, names_in):
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list):
         return "has no list 'conversations'"
+    for field in ("system", "images", "video", "videos", "audio"):
+        if record.get(field):
+            return f"has a field '{field}', which is not supported: write one 'image' and turns alone"
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             return "a turn is not {'from', 'value'} with a text as value"
         if turn.get("from") not in ("human", "gpt"):
             return f"unknown speaker {turn.get('from')!r}; use 'human' or 'gpt'"
+        if not all(turn.get(field, 1) for field in ("loss", "weight")):
+            return "a turn is not to be learned, which is not supported: every answer is a target"
         if re.search(HALF, turn["value"]):
             return "a turn holds half of a surrogate pair; write it anew"
     speakers = "".join(turn["from"][0] for turn in turns)
@@ -509,6 +514,7 @@ def cut_and_empty(records, tokenizer, template, image_tokens, context_length):
 def read_questions(path, images):
     """Held-out questions: JSON lines with image, text, label and category (default: the text's first two words)."""
     questions = read_benchmark("vqa", path)
+    refuse([q for q in questions if q.get("category") == "all"], "questions have the category 'all', that of the sum")
     for image in {question["image"] for question in questions if question["image"]}:
         open_image(images, image)  # not to be found out in the middle of a run
     return [q | {"category": q.get("category") or " ".join(q["text"].split()[:2])} for q in questions]

@@ -626,10 +626,15 @@ def weaken(method, coarse, fine, seed):
 
 CLIP = "openai/clip-vit-large-patch14-336"  # MobileVLM's
 TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of a whole CLIP
+TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # of a MobileVLM's config: what changes the result, as MobileVLM was trained; what is read elsewhere, or not needed
 MOBILEVLM = {
     "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "use_mm_proj": True, "vision_tower_type": "clip",
+}  # fmt: skip
+PIXELS = {  # of a CLIP's preprocessing, beside its sizes
+    "image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3, "rescale_factor": 1 / 255,
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
 }  # fmt: skip
 READ_ELSEWHERE = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size", "mm_projector_lr")
 
@@ -715,14 +720,20 @@ def build(loader, config, weights, dtype, source):
 def load_clip(name, dtype=torch.float32, weights=None):
     """CLIPEncoder from a folder or hub id; with weights {name: tensor} the folder gives the config alone."""
     folder, config = open_folder(name)
-    file = folder / "preprocessor_config.json"
-    if file.is_file():
-        with reading(file):
-            steps = dict(json.loads(file.read_bytes()))
-        require(file, steps, {"image_mean": list(data.CLIP_MEAN), "image_std": list(data.CLIP_STD), "resample": 3})
+    vision = config.get("vision_config", config)
+    require(folder / "config.json", vision, {"num_channels": 3})
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.is_file():
+            with reading(file):
+                steps = dict(json.loads(file.read_bytes()))
+                steps = dict(steps.get("image_processor", steps))
+                for key in ("size", "crop_size"):  # a number, or {"shortest_edge": number}, or height and width
+                    if isinstance(steps.get(key), dict) and len(set(steps[key].values())) == 1:
+                        steps[key] = max(steps[key].values())
+            require(file, steps, PIXELS | dict.fromkeys(("size", "crop_size"), vision.get("image_size", 224)))
     weights = weights or read_weights(folder)
     weights = {key: tensor for key, tensor in weights.items() if not key.startswith(TEXT_HALF)}
-    return CLIPEncoder(build(CLIPVisionModel, config.get("vision_config", config), weights, dtype, name))
+    return CLIPEncoder(build(CLIPVisionModel, vision, weights, dtype, name))
 
 
 def load_llm(name, dtype=torch.float32, weights=None):
@@ -733,6 +744,8 @@ def load_llm(name, dtype=torch.float32, weights=None):
     rotary = config.get("rotary_dtype", "float16") if config["model_type"] == "mobilevlm" else "float32"
     config = config | {"model_type": "llama", "rotary_dtype": rotary}
     llm = build(LlamaForCausalLM, config, weights or read_weights(folder), dtype, name)
+    if (kind := llm.config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+        raise Mistake(f"{name}: rope_type {kind} depends on the batch's longest row, which is not supported")
     if rotary == "float16":
         llm.model.rotary_emb.register_forward_hook(lambda _, args, out: tuple(t.half().to(t.dtype) for t in out))
     largest = max(tokenizer.get_vocab().values())
@@ -947,7 +960,7 @@ def write_merged(folder, model, tokenizer, format, dtype):
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_bin(state, folder / "pytorch_model.bin")
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True} | tokenizer.special_tokens_map
-    for file in source.glob("*token*"):  # copied as they are: an older transformers may read them
+    for file in filter(Path.is_file, map(source.joinpath, TOKENIZER)):  # as they are, for an older transformers, too
         (folder / file.name).write_bytes(file.read_bytes())
         settings = json.loads(file.read_bytes()) if file.name == "tokenizer_config.json" else settings
     if (folder / "tokenizer.model").is_file():  # beside which transformers 5 gives no BOS unless it is told to

@@ -1574,8 +1574,8 @@ def train_further(argv):
     for checkpoint in hydra.list_checkpoints(config.out) if rival else ():  # which do not hold PEFT's adapters
         shutil.rmtree(checkpoint)
 
-    def build(config, device):
-        model, tokenizer = build_model(config, device)
+    def build(*args):
+        model, tokenizer = build_model(*args)
         built.append(model.llm)
         if harm:
             damage(model.llm, harm.split(":")[1])

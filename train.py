@@ -142,8 +142,9 @@ def shard(items):
 def say(text):
     """Print on the first process, above the progress bar."""
     if dist.get_rank() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends, too: the run has yet to save
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def autocast(device):
@@ -162,7 +163,9 @@ def save(config, model, state):
         description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": vars(config)}
         hydra.write_model(folder, model, description)
         (folder / "trainer.pt").write_bytes(buffer.getbuffer())
-    for old in hydra.list_checkpoints(config.out)[: -config.keep]:
+    # a copy under a higher number is the user's
+    own = [path for path in hydra.list_checkpoints(config.out) if int(path.name[11:]) <= state["step"]]
+    for old in own[: -config.keep]:
         for name in ("trainer.pt", "model.safetensors", "config.json"):
             (old / name).unlink(missing_ok=True)
         with suppress(OSError):  # it holds what the user put there, or is a link
@@ -171,12 +174,14 @@ def save(config, model, state):
 
 def load(checkpoint, config, model, records, optimizer, controller):
     """Put a run of the same flags, data and model back; returns the loop's state."""
-    saved = hydra.read_config(checkpoint)["run"]
+    saved = hydra.read_config(checkpoint)
+    if checkpoint.name != f"checkpoint-{saved.get('step')}":
+        raise Mistake(f"--resume: {checkpoint} holds step {saved.get('step')}, so it is a copy: move it elsewhere")
     for key, here in vars(config).items():
-        if key not in FREE and (there := saved.get(key)) != here:
+        if key not in FREE and (there := saved["run"].get(key)) != here:
             raise Mistake(f"--resume: {checkpoint} was run with --{key} {there}, not {here}; use the same flags")
     hydra.restore(model, checkpoint)
-    with reading(checkpoint / "trainer.pt"):
+    with reading(f"--resume: remove {checkpoint} to go on from the one before; trainer.pt"):
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         if state["records"] != records:
             raise Mistake(f"--resume: the records of --data {config.data} are not those of {checkpoint}")
@@ -321,7 +326,7 @@ def read_data(config):
     return records, probe, validation, questions
 
 
-def build_model(config, device):
+def build_model(config, device, resumed=False):
     """(model, tokenizer), for stage 2 with a trained projector and new adapters; on a GPU what is frozen is bf16."""
     torch.manual_seed(config.seed)
     source = SOURCES.get(config.model, config.model)
@@ -333,7 +338,7 @@ def build_model(config, device):
         raise Mistake(f"--model {source}: has been through stage 2; first: {words}")
     if config.stage == 2 and config.stage1 and Path(config.projector or "").is_file():
         raise Mistake("--stage1, --projector FILE: both bring a trained projector; give one of them")
-    if config.stage == 2 and (config.stage1 or model.stage == 0):  # 0: its projector is new
+    if config.stage == 2 and (config.stage1 or model.stage == 0) and not resumed:  # 0: its projector is new
         stage1 = config.stage1 or f"runs/{Path(config.model).name}/stage1"
         if not hydra.find_checkpoint(stage1):
             words = shlex.join([*model_flags(config, config.projector), "--out", stage1])
@@ -400,7 +405,7 @@ def run(config):
         return data.micro_batches(epoch_batches(epoch)[i], config.per_device_train_batch_size, world_size)
 
     # model, optimizer, rank controller, and the state to go on from
-    model, tokenizer = build_model(config, device)
+    model, tokenizer = build_model(config, device, bool(checkpoint))
     template = "plain" if config.stage == 1 else "v1"
     as_samples = partial(make_samples, images=config.images, model=model, tokenizer=tokenizer, template=template)
     check_targets(model, tokenizer, template, {"training": train, "probe": probe, "validation": validation})
@@ -415,7 +420,7 @@ def run(config):
         controller = hydra.RankController(model, config.lora_rank, total_steps, config.seed, config.method)
     state = {"step": 0, "before": None, "loss": 0.0, "targets": 0.0, "skipped": 0, "in_a_row": 0, "bad": [],
              "records": data.fingerprint(train + probe + validation), "log_size": 0,
-             "controller": controller and controller.history}  # fmt: skip
+             "seconds": 0.0, "seconds_of_events": 0.0, "controller": controller and controller.history}  # fmt: skip
     if checkpoint:
         state = load(checkpoint, config, model, state["records"], optimizer, controller)
     first = state["step"]
@@ -426,9 +431,10 @@ def run(config):
     validation_batches = hold(config, model, as_samples(validation))
     probe_batches = hold(config, model, as_samples(probe)) if controller else []
     say(parameter_table(model))
+    of_text = sum("image" not in record for record in train)
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
-        f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records; "
-        f"{total_steps} steps -> {config.out}")  # fmt: skip
+        f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records, "
+        f"{of_text:,} of text alone; {total_steps} steps -> {config.out}")  # fmt: skip
     check_memory(config, model, device)
 
     # the loop
@@ -443,7 +449,7 @@ def run(config):
         return DistributedDataParallel(model.train()) if world_size > 1 else model.train()
 
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # DDP copies; nothing is lost
-    ddp, started, tokens, seconds_of_events = wrap(), time.time(), 0, 0.0
+    ddp, started, tokens = wrap(), time.time(), 0
     for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=process > 0 or None):
         if step % eval_steps == 0:
             entry = evaluate(config, model, tokenizer, validation_batches, questions[:120], log, step)
@@ -498,7 +504,7 @@ def run(config):
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
             ddp = wrap()  # sends the first process's new components to all
-            seconds_of_events += time.time() - since
+            state["seconds_of_events"] += time.time() - since
             say(describe_event(entry))
             log(**entry)
         if done % config.log_steps == 0 or done == total_steps:
@@ -510,13 +516,14 @@ def run(config):
                 f"{seen / seconds:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
             log(step=done, loss=mean, lr=rate, skipped_steps=state["skipped"], tokens_per_s=round(seen / seconds))
         if (done % config.save_steps == 0 or done == total_steps or stop) and process == 0:
-            save(config, model, state | {"optimizer": optimizer.state_dict(), "log_size": log.size})
+            seconds = state["seconds"] + time.time() - started
+            save(config, model, state | {"optimizer": optimizer.state_dict(), "log_size": log.size, "seconds": seconds})
         if stop and done < total_steps:
             say(f"stopped by a signal after step {done}: saved {config.out}/checkpoint-{done}; go on with --resume")
             break
     if state["step"] == total_steps:
-        seconds = {"training": time.time() - started, "events": seconds_of_events}
-        finish(config, model, tokenizer, train, validation_batches, questions, log, state, controller, seconds, begun)
+        state["seconds"] += time.time() - started
+        finish(config, model, tokenizer, train, validation_batches, questions, log, state, controller, begun)
     del ddp  # it holds the process group: freed after the group's end, it was seen to hang at exit
 
 
@@ -752,7 +759,7 @@ def blind_answers(records, questions):
 
 def model_flags(config, projector):
     """The flags that name the model, as the user gave them, with this projector, if any."""
-    tower = config.vision_tower if config.model != "tiny" else None
+    tower = config.vision_tower if config.vision_tower != str(TOY / "clip") else None
     flags = {"--model": config.model, "--vision_tower": tower, "--projector": projector}
     return [word for flag, value in flags.items() if value for word in (flag, value)]
 
@@ -768,7 +775,7 @@ def test_loss(config, model, tokenizer, questions):
     return {kind: loss / max(targets, 1) for kind, (loss, targets) in sums.items()}
 
 
-def finish(config, model, tokenizer, train, validation, questions, log, state, controller, seconds, begun):
+def finish(config, model, tokenizer, train, validation, questions, log, state, controller, begun):
     """The end of a run: what it reached, what it cost, what to do next; the picture of the ranks."""
     result = evaluate(config, model, tokenizer, validation, questions, log, state["step"])
     before, after = state["before"], result["held_out_loss"]
@@ -786,15 +793,15 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         result["parameters"] += controller.history[-1]["budget"] - controller.history[-1]["parameters"]
         if dist.get_rank() == 0:
             draw_ranks(controller.history, Path(config.out, "ranks.png"))
-    result |= {"seconds": seconds["training"], "device": str(model.llm.device), "torch": torch.__version__}
+    result |= {"seconds": state["seconds"], "device": str(model.llm.device), "torch": torch.__version__}
     log(step=state["step"], result=result | {"run": vars(config)})
     if state["bad"] or state["skipped"]:
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
         say(f"left out: {counts}; see log.jsonl")
-    events = 100 * seconds["events"] / max(seconds["training"], 1e-9)
+    events = 100 * state["seconds_of_events"] / max(state["seconds"], 1e-9)
     of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else of_process
-    say(f"training {seconds['training']:.0f} s, in all {time.time() - begun:.0f} s; rank events {events:.1f} % of "
+    say(f"training {state['seconds']:.0f} s, in all {time.time() - begun:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
     if config.stage == 1:
@@ -873,7 +880,7 @@ def run_benchmark(config):
     source = {"model_id": str(hydra.find_checkpoint(config.checkpoint) or config.checkpoint),
               "weights": hydra.fingerprint(model.clip, model.projector, model.llm)}  # fmt: skip
     for question, given in pairs:
-        if given and (given["prompt"] != question["text"] or given | source != given):
+        if given and (given["prompt"] != question["text"] or given.get("weights") != source["weights"]):
             what = f"question {question['question_id']} of another model ({given.get('model_id')}) or wording"
             raise Mistake(f"--answers {path}: has the answer to {what}; name another file")
     model.to(device)
