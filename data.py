@@ -98,10 +98,11 @@ def whole(path):
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists() and old.is_dir():
             old.rename(path)
         raise Mistake(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------

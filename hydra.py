@@ -942,7 +942,7 @@ def write_merged(folder, model, tokenizer, format, dtype):
     ids = {key: getattr(model.llm.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config.pop("dtype", None)
-    if rope := config.get("rope_parameters"):  # as transformers 4 names them
+    if config.get("rope_parameters") and (rope := model.llm.config.rope_parameters):  # as transformers 4 names them
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
     state = model.llm.state_dict()
     if format == "mobilevlm":

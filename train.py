@@ -31,6 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -389,6 +390,8 @@ def run(config):
         raise Mistake(f"--out {config.out}: holds a run; add --resume to continue it, or name another folder")
     if not b'{"step"'.startswith(logged[:7]):  # an empty one and one cut short are ours
         raise Mistake(f"{log_file}: is no log of a run; name another folder")
+    if b'"result": ' in logged and not checkpoint:
+        raise Mistake(f"{log_file}: is of a run whose checkpoints are gone; name another folder, or remove it")
     if config.resume and not checkpoint:
         say(f"--resume: no checkpoint in {config.out} yet, starting from the beginning")
 
@@ -440,7 +443,7 @@ def run(config):
     # the loop
     loader = iter(DataLoader(
         as_samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", timeout=600 * (config.num_workers > 0),
         batch_sampler=(rows[process] for step in range(first, total_steps) for rows in passes_of(step)),
         collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
@@ -897,6 +900,11 @@ def run_benchmark(config):
 
 def main():
     config = parse_arguments()
+    # what reading processes send holds a file each, and passes through a socket in TMPDIR, whose name has a limit
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if config.num_workers and len(os.environ.get("TMPDIR", "")) > 70:
+        raise Mistake("TMPDIR: its name is too long for reading processes; set a shorter one, or --num_workers 0")
     try:
         (run_benchmark if config.stage == "eval" else run)(config)
     except BaseException as error:
@@ -905,7 +913,9 @@ def main():
         if isinstance(error, torch.OutOfMemoryError):
             advice = "lower --max_tokens_per_pass or --per_device_train_batch_size, or add --gradient_checkpointing"
             raise Mistake(f"the GPU's memory is full: {advice}") from error
-        if str(error).startswith("DataLoader worker"):
+        if isinstance(error, BrokenProcessPool):
+            raise Mistake(f"{TOY}: its making was interrupted; run again") from error
+        if str(error).startswith("DataLoader"):
             raise Mistake("a process that reads images was killed: lower --num_workers, go on by --resume") from error
         raise
     dist.barrier()
