@@ -158,6 +158,9 @@ def encode_conversation(conversations, tokenizer, template):
 # image -> tensor
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which is a program
+
+
 def open_image(folder, name):
     """RGB image `name` in `folder`, or of a data URL (data:;base64); Mistake if missing, broken, huge or outside."""
     path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
@@ -170,7 +173,7 @@ def open_image(folder, name):
             raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
         elif not path.is_file():
             raise Mistake(f"{path}: no such image{', but a folder' * path.is_dir()}; check --images and the record")
-        image = Image.open(source)
+        image = Image.open(source, formats=FORMATS)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
             raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
         if image.mode.startswith("I;16"):  # convert would clip what is above 255
@@ -573,6 +576,10 @@ def mme_word(text):
     return next((word for word in ("yes", "no") if word in text.strip().lower()[:4]), "")
 
 
+NO_VALUE = {  # pandas', by which LLaVA reads MMBench's tables
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "none", "null",
+}  # fmt: skip
 MMBENCH = ("index", "question", "hint", "A", "B", "C", "D", "answer", "image")
 BENCHMARKS = {  # name: how its answers are read, what its questions must hold, what holds its labels if they do not
     "vqa": (exact, ("question_id", "image", "text", "label"), None),
@@ -667,7 +674,7 @@ def read_mmbench(path, instruction):
     for i, row in enumerate(rows, 1):
         if None in (*row, *row.values()) or not row["index"].isdecimal():
             raise Mistake(f"{path}: row {i} has more or fewer columns than the header, or an index that is no number")
-        given = {column: value for column, value in row.items() if value.lower() not in ("", "nan", "none")}
+        given = {column: value for column, value in row.items() if not {value, value.lower()} & NO_VALUE}
         options = [f"{option}. {given[option]}" for option in takewhile(given.get, "ABCD")]
         text = "\n".join(filter(None, [given.get("hint"), row["question"], *options, instruction]))
         image = f"data:;base64,{images.get(row['image'], row['image'])}"

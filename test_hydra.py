@@ -264,8 +264,8 @@ def pictures(tmp_path_factory):
     exif[0x0112] = 6  # a quarter turn
     photo.save(folder / "photo.jpg", exif=exif)
     Image.fromarray(np.float32([[0, 0.5]])).save(folder / "float.tiff")
-    (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("no picture")
+    for name, text in ("empty", ""), ("text", "no picture"), ("page", "%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        (folder / f"{name}.jpg").write_text(text)
     (folder / "cut.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:-900])
     (folder / "loop.png").symlink_to(folder / "loop.png")
     Image.new("RGB", (64, 64)).save(outside)
@@ -283,7 +283,7 @@ def test_pictures_of_all_kinds(pictures):
         except data.Mistake as error:
             assert str(path) in str(error) and "\n" not in str(error)
             broken.append(path.name)
-    assert broken == ["cut.jpg", "empty.jpg", "float.tiff", "link.png", "loop.png", "text.jpg"]
+    assert broken == ["cut.jpg", "empty.jpg", "float.tiff", "link.png", "loop.png", "page.jpg", "text.jpg"]
     assert data.open_image(pictures, "photo.jpg").size == (90, 60)  # upstream does not turn it, either
 
 
@@ -296,7 +296,7 @@ def bomb(side):
 
 @pytest.mark.parametrize("name, message", [
     ("data:;base64," + bomb(2000), "4000000 pixels"), ("no.jpg", "no such image"), (".", "no such image, but a folder"),
-    ("float.tiff", "float.tiff: has 32 bits a pixel"),
+    ("float.tiff", "float.tiff: has 32 bits a pixel"), ("page.jpg", "cannot identify"),  # which Ghostscript would run
     ("http://example.org/dot.png", "is an address"), ("../outside.png", "outside"),
     ("a\0b.png", "cannot be read"), ("n" * 300 + ".png", "cannot be read"), ("photo.jpg", "photo.jpg: cannot be read"),
 ])  # fmt: skip
@@ -1165,7 +1165,7 @@ def test_mme_adds_accuracy_and_both_right(tmp_path):
     ("mmbench_cn", "请直接回答选项字母。"),
 ])  # fmt: skip
 def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instruction):
-    table = ("\ufeffindex\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tnan\tA\taGk=\n"
+    table = ("\ufeffindex\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tN/A\tA\taGk=\n"
              "1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\t" + bomb(20_000) + "\n")  # fmt: skip
     questions = data.read_benchmark(benchmark, write(tmp_path / "q.tsv", table))
     assert questions[0]["text"] == f"Look.\nWhich?\nA. cat\nB. dog\n{instruction}"

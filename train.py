@@ -143,7 +143,7 @@ def shard(items):
 def say(text):
     """Print on the first process, above the progress bar."""
     if dist.get_rank() == 0:
-        with suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends, too: the run has yet to save
+        with suppress(OSError):  # a broken pipe of `| tee`, which Ctrl-C ends, too: the run has yet to save
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
