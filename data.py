@@ -65,8 +65,8 @@ class Mistake(ValueError):
 
 
 @contextmanager
-def reading(source):
-    """Whatever a parser, decoder or unpickler raises in the block becomes a Mistake about the source."""
+def reading(source, problem="cannot be read"):
+    """Whatever a parser, decoder or unpickler raises in the block becomes a Mistake: the source has this problem."""
     try:
         yield
     except Mistake:
@@ -75,7 +75,7 @@ def reading(source):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to run the code
             reason = "no weights, or code beside them, which is not run"
-        raise Mistake(f"{source}: cannot be read ({(reason or type(error).__name__).splitlines()[0]})") from error
+        raise Mistake(f"{source}: {problem} ({(reason or type(error).__name__).splitlines()[0]})") from error
 
 
 @contextmanager
@@ -158,31 +158,6 @@ def encode_conversation(conversations, tokenizer, template):
 # image -> tensor
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which is a program
-
-
-def open_image(folder, name):
-    """RGB image `name` in `folder`, or of a data URL (data:;base64); Mistake if missing, broken, huge or outside."""
-    path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
-    with reading(path):  # resolving fails on what is no name of a file: with a null byte, too long, a link to itself
-        if name.startswith("data:"):
-            source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
-        elif "://" in name:
-            raise Mistake(f"{name}: is an address; download the image, and name its file")
-        elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
-            raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
-        elif not path.is_file():
-            raise Mistake(f"{path}: no such image{', but a folder' * path.is_dir()}; check --images and the record")
-        image = Image.open(source, formats=FORMATS)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
-            raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
-        if image.mode.startswith("I;16"):  # convert would clip what is above 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise Mistake(f"{path}: has 32 bits a pixel, of unknown range; save it with 8 bits a channel")
-        return image.convert("RGB")
-
-
 def image_to_tensor(image, size, mode):
     """RGB image -> normalised float tensor [3, size, size], within 2/255 of upstream's.
 
@@ -215,24 +190,6 @@ def image_to_tensor(image, size, mode):
 
 # ------------------------------------------------------------------------------------------
 # records, all checked before anything else is loaded: see find_problems
-
-
-def read_json(path, lines=False):
-    """Parsed JSON; a list from JSON lines, whatever the file's name."""
-
-    def parse(text, where=""):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise Mistake(f"{path}: {where}is not valid JSON ({error})") from error
-
-    with reading(path):
-        content = Path(path).read_bytes()
-    if not (lines or str(path).endswith(".jsonl") or re.search(rb"}\s*\n\s*{", content)):  # "}", line break, "{": lines
-        return parse(content)
-    rows = content.splitlines()
-    last = ", the last, is cut short or"
-    return [parse(row, f"line {i}{last * (i == len(rows))} ") for i, row in enumerate(rows, 1) if row.strip()]
 
 
 def read_records(path, images):
@@ -346,13 +303,11 @@ def global_batches(records, batch_size, seed, epoch):
     full, rest = [], []
     for modality in (has_image, ~has_image):
         order = rng.permutation(np.flatnonzero(modality))
-        window = 50 * batch_size  # sorted within windows: batches stay random, lengths nearly equal
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            cut = len(part) - len(part) % batch_size
-            full += part[:cut].reshape(-1, batch_size).tolist()
-            rest += part[cut:].tolist()
+        window = np.arange(len(order)) // (50 * batch_size)
+        order = order[np.lexsort((lengths[order], window))]  # in windows by length: batches stay random, nearly equal
+        cut = len(order) - len(order) % batch_size
+        full += order[:cut].reshape(-1, batch_size).tolist()
+        rest += order[cut:].tolist()
     full = [full[i] for i in rng.permutation(len(full))]
     return full + [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
 
@@ -368,9 +323,9 @@ def micro_batches(batch, per_device, world_size):
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Tokenizer, checks, benchmarks and their scores, toy world, commands.
+# From here on: skip on a first reading. Tokenizer, files, checks, benchmarks and their scores, toy world, commands.
 # ------------------------------------------------------------------------------------------
-# the tokenizer, checks of records
+# the tokenizer, image and JSON files, checks of records
 
 
 def load_tokenizer(folder):
@@ -409,6 +364,47 @@ def load_tokenizer(folder):
         raise Mistake(f"{folder}: its tokenizer names no bos_token or no eos_token; add it to tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands
     return tokenizer
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which is a program
+
+
+def open_image(folder, name):
+    """RGB image `name` in `folder`, or of a data URL (data:;base64); Mistake if missing, broken, huge or outside."""
+    path = source = Path(folder or "", name[:80] if name.startswith("data:") else name)
+    with reading(path):  # resolving fails on what is no name of a file: with a null byte, too long, a link to itself
+        if name.startswith("data:"):
+            source = io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
+        elif "://" in name:
+            raise Mistake(f"{name}: is an address; download the image, and name its file")
+        elif not path.resolve().is_relative_to(Path(folder or "").resolve()):
+            raise Mistake(f"{path}: the image lies outside {folder}; give paths inside the image folder")
+        elif not path.is_file():
+            raise Mistake(f"{path}: no such image{', but a folder' * path.is_dir()}; check --images and the record")
+        image = Image.open(source, formats=FORMATS)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses from twice as many on
+            raise Mistake(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller")
+        if image.mode.startswith("I;16"):  # convert would clip what is above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise Mistake(f"{path}: has 32 bits a pixel, of unknown range; save it with 8 bits a channel")
+        return image.convert("RGB")
+
+
+def read_json(path, lines=False):
+    """Parsed JSON; a list from JSON lines, whatever the file's name."""
+
+    def parse(text, where=""):
+        with reading(path, f"{where}is not valid JSON"):
+            return json.loads(text)
+
+    with reading(path):
+        content = Path(path).read_bytes()
+    if not (lines or str(path).endswith(".jsonl") or re.search(rb"}\s*\n\s*{", content)):  # "}", line break, "{": lines
+        return parse(content)
+    rows = content.splitlines()
+    last = ", the last, is cut short or"
+    return [parse(row, f"line {i}{last * (i == len(rows))} ") for i, row in enumerate(rows, 1) if row.strip()]
 
 
 HALF = "[\ud800-\udfff]"  # of a surrogate pair; bytes that were no UTF-8 are read as one, too

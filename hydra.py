@@ -145,14 +145,6 @@ class LDPNet(nn.Module):
 # the adapter
 
 
-def drop(x, share):
-    """F.dropout; on a CPU, where its draws take longer than a product with A, from whole numbers of 15 bits."""
-    if x.is_cuda:
-        return F.dropout(x, share)
-    drawn = torch.empty_like(x, dtype=torch.int16).random_()  # 0 to 2¹⁵ - 1
-    return x.masked_fill(drawn < int(share * 2**15), 0).div_(1 - share)
-
-
 class HybridLoRALinear(nn.Module):
     """A frozen linear map plus a low-rank one (LoRA, arXiv 2106.09685) whose rank can move:
 
@@ -362,6 +354,7 @@ class HydraVLM(nn.Module):
         embeddings = embeddings.index_put(torch.where(ids == IMAGE_TOKEN), tokens)
         return embeddings, mask, None if labels is None else expand(labels, IGNORE)
 
+    @torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # products on a GPU are in bf16
     def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None):
         """With labels (loss_sum, target_count), else the logits [B, T', vocabulary].
 
@@ -388,6 +381,7 @@ class HydraVLM(nn.Module):
         return loss, torch.tensor(len(targets))
 
     @torch.no_grad()
+    @torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
     def generate(self, input_ids, attention_mask=None, pixel_values=None, max_new_tokens=64, **options):
         """New token ids [B, n], greedy unless options (transformers' generate) say otherwise.
 
@@ -583,8 +577,16 @@ class RankController:
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. The other projector, methods to compare, loading, saving, export, commands.
+# From here on: skip on a first reading. Dropout, the other projector, methods to compare, checkpoints, export, commands.
 # ------------------------------------------------------------------------------------------
+
+
+def drop(x, share):
+    """F.dropout; on a CPU, where its draws take longer than a product with A, from whole numbers of 15 bits."""
+    if x.is_cuda:
+        return F.dropout(x, share)
+    drawn = torch.empty_like(x, dtype=torch.int16).random_()  # 0 to 2¹⁵ - 1
+    return x.masked_fill(drawn < int(share * 2**15), 0).div_(1 - share)
 
 
 class LDPNetV2(nn.Module):
@@ -645,14 +647,11 @@ def open_folder(name):
     if folder is None and Path(name).is_dir():
         raise Mistake(f"{name}: no config.json; give a folder with a model or a checkpoint, or a hub id")
     if folder is None:
-        try:
+        with reading(name, "neither a folder nor reachable on the hub: download it, or give a folder"):
             for weights in ("*.safetensors", "*.bin"):  # the second only where there is none of the first
                 folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "tokenizer.model", weights]))
                 if any(folder.glob(weights)):
                     break
-        except Exception as error:  # the hub raises many kinds
-            advice = "download it, or give a folder"
-            raise Mistake(f"{name}: neither a folder nor reachable on the hub: {advice}") from error
     with reading(folder / "config.json"):
         config = dict(json.loads((folder / "config.json").read_bytes()))
     if config.get("quantization_config"):
@@ -929,11 +928,12 @@ def export(checkpoint, format, to, dtype="float32", padded=False, force=False, v
 
 
 def write_bin(state, file):
-    """torch.save, whose error on a full disk is no OSError."""
+    """torch.save; on a full disk its RuntimeError hides the file's own, which is raised here."""
     try:
-        torch.save(state, file)
+        with open(file, "wb") as output:
+            torch.save(state, output)
     except RuntimeError as error:
-        raise OSError(f"the disk may be full: {str(error).splitlines()[0]}") from error
+        raise error.__context__ or error
 
 
 def write_merged(folder, model, tokenizer, format, dtype):
@@ -1002,9 +1002,9 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
     if max_new_tokens < 1:
         raise Mistake(f"--max_new_tokens {max_new_tokens}: give a positive number")
     picture = data.open_image("/", image if "://" in image else os.path.abspath(image))
-    model, tokenizer = load_checkpoint(checkpoint, vision_tower)
-    check_trained(model, checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokenizer = load_checkpoint(checkpoint, vision_tower, dtype=dtype)
+    check_trained(model.to(device), checkpoint)
     pixels = data.image_to_tensor(picture, model.image_size, "pad")[None]
     turns = []
     for text in [prompt] if prompt is not None else iter(sys.stdin.readline, ""):

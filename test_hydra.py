@@ -2019,7 +2019,7 @@ def speed(argv):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for text in texts:
             length, batches = pass_of(model, config, rows, text)
-            step = lambda: train_step(model, optimizer, batches, lambda: train.autocast(device))
+            step = lambda: train_step(model, optimizer, batches)
             step()  # with it comes the operator of the loss
             loss = torch.ops.torch_nn._linear_cross_entropy_batch_chunked
             with FlopCounterMode(display=False, custom_mapping={loss: head}) as counter:

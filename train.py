@@ -18,7 +18,6 @@ Read hydra.py first; then this file, from configuration to `run`, to the section
 
 import argparse
 import fcntl
-import io
 import json
 import math
 import os
@@ -34,7 +33,8 @@ from collections import Counter, defaultdict
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -148,22 +148,16 @@ def say(text):
             sys.stdout.flush()
 
 
-def autocast(device):
-    """bf16 matrix products on a GPU; fp32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 # ------------------------------------------------------------------------------------------
 # checkpoints and schedule
 
 
 def save(config, model, state):
     """out/checkpoint-STEP, whole or not at all, with all that the loop needs; then all but the newest go."""
-    torch.save(state, buffer := io.BytesIO())  # in memory: of a full disk torch.save hides the reason
     with whole(Path(config.out, f"checkpoint-{state['step']}")) as folder:
         description = {"stage": config.stage, "method": config.method, "step": state["step"], "run": vars(config)}
         hydra.write_model(folder, model, description)
-        (folder / "trainer.pt").write_bytes(buffer.getbuffer())
+        hydra.write_bin(state, folder / "trainer.pt")
     # a copy under a higher number is the user's
     own = [path for path in hydra.list_checkpoints(config.out) if int(path.name[11:]) <= state["step"]]
     for old in own[: -config.keep]:
@@ -211,13 +205,9 @@ def loss_and_targets(model, batches):
     """(summed loss, number of target tokens) of all processes' batches."""
     was_training = model.training
     model.eval()
-    loss, targets = 0.0, 0
-    with autocast(model.llm.device):
-        for batch in batches:
-            batch_loss, batch_targets = model(**batch)
-            loss, targets = loss + batch_loss.double(), targets + batch_targets
+    sums = [model(**batch) for batch in batches]
     model.train(was_training)
-    return total(loss, targets)
+    return total(*map(sum, zip(*sums)))
 
 
 def held_out_loss(model, batches):
@@ -240,36 +230,7 @@ def hold(config, model, samples):
     for problem in gather([sample["bad"][0] for sample in mine if sample["bad"]]):
         say(f"held-out record left out: {problem}")
     mine = [sample for sample in mine if not sample["bad"]]
-    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens) if mine else []
-
-
-def as_record(question, label=""):
-    """A question as a LLaVA record; without a label it is a prompt."""
-    image = {"image": question["image"]} if question["image"] else {}
-    asked = {"from": "human", "value": "<image>\n" * len(image) + question["text"]}
-    return {"id": question["question_id"], "conversations": [asked, {"from": "gpt", "value": label}], **image}
-
-
-def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_new_tokens=16):
-    """(question, answer) of each question, generated in rounds: a batch, empty at worst, on every process."""
-    samples = make_samples(list(map(as_record, questions)), images, model, tokenizer, "v1", replace=False)
-    per_round = batch_size * dist.get_world_size()
-    mine = [shard(range(len(questions))[i : i + per_round]) for i in range(0, len(questions), per_round)]
-    options = dict(batch_sampler=mine, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals)
-    for rows, batch in zip(mine, DataLoader(samples, **options)):
-        with autocast(model.llm.device):
-            ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        yield from gather([(questions[i], text.strip()) for i, text in zip(rows, texts)])
-
-
-def accuracy(answered):
-    """{kind: share of right answers} of [(question, answer)], and "all"."""
-    right = defaultdict(list)
-    for question, text in answered:
-        right[question["category"]].append(data.exact(text) == data.exact(question["label"]))
-    right["all"] = sum(right.values(), [])
-    return {kind: sum(values) / len(values) for kind, values in right.items()}
+    return data.bounded_batches(mine, config.max_tokens_per_pass, model.image_tokens)
 
 
 def evaluate(config, model, tokenizer, batches, questions, log, step):
@@ -285,9 +246,8 @@ def evaluate(config, model, tokenizer, batches, questions, log, step):
         say("    accuracy: " + ", ".join(f"{kind} {value:.2f}" for kind, value in entry["accuracy"].items()))
         for question, text in answered[:3]:
             say(f"    {question['image']}: {question['text'].splitlines()[0]} -> {text} (right: {question['label']})")
-    elif config.stage == 1 and step and batches:
-        with autocast(model.llm.device):  # from BOS and the image alone
-            ids = model.generate(batches[0]["input_ids"][:3, :2], None, batches[0]["pixel_values"][:3], 40)
+    elif config.stage == 1 and step and (pixels := batches[0]["pixel_values"]) is not None:
+        ids = model.generate(batches[0]["input_ids"][:3, :2], None, pixels[:3], 40)  # from BOS and the image alone
         for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
             say(f"    caption: {text.strip().partition(chr(10))[0]}")
     log(**entry)
@@ -397,15 +357,12 @@ def run(config):
 
     # data, whose order depends on nothing but seed and step
     train, probe, validation, questions = read_data(config)
-    epoch_batches = lru_cache(2)(lambda epoch: data.global_batches(train, config.global_batch_size, config.seed, epoch))
-    steps_per_epoch = len(epoch_batches(0))
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    epochs = (data.global_batches(train, config.global_batch_size, config.seed, i) for i in range(config.epochs))
+    steps = islice(chain.from_iterable(epochs), config.max_steps)
+    # [steps][passes][processes] lists of record indices
+    passes = [data.micro_batches(batch, config.per_device_train_batch_size, world_size) for batch in steps]
+    total_steps = len(passes)
     eval_steps = config.eval_steps or math.ceil(total_steps / 4)
-
-    def passes_of(step):
-        """Record indices of one step: [passes][processes] lists."""
-        epoch, i = divmod(step, steps_per_epoch)
-        return data.micro_batches(epoch_batches(epoch)[i], config.per_device_train_batch_size, world_size)
 
     # model, optimizer, rank controller, and the state to go on from
     model, tokenizer = build_model(config, device, bool(checkpoint))
@@ -415,8 +372,7 @@ def run(config):
     check_prompts(questions, model, tokenizer)
     if config.stage == 2 and config.method not in ("lora", "full") and not checkpoint:
         picked = as_samples(train[:: math.ceil(len(train) / 64)])  # at most 64, of each 32 places: enough for r = 128
-        with autocast(device):
-            hydra.align(model, (data.collate([sample]) for sample in picked))
+        hydra.align(model, (data.collate([sample]) for sample in picked))
     optimizer = torch.optim.AdamW(trained_parameters(model), weight_decay=0.0, fused=True)
     controller = None
     if config.stage == 2 and config.method not in ("lora", "full", "aligned"):
@@ -433,7 +389,7 @@ def run(config):
     log = Log(log_file, state["log_size"])  # goes on where it was when the checkpoint was saved
     validation_batches = hold(config, model, as_samples(validation))
     probe_batches = hold(config, model, as_samples(probe)) if controller else []
-    say(parameter_table(model))
+    say_parameters(model)
     of_text = sum("image" not in record for record in train)
     say(f"global batch: {config.per_device_train_batch_size} × {config.gradient_accumulation_steps} × {world_size} "
         f"{'GPUs' if device.type == 'cuda' else 'processes'} = {config.global_batch_size}; {len(train):,} records, "
@@ -444,15 +400,13 @@ def run(config):
     loader = iter(DataLoader(
         as_samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda", timeout=600 * (config.num_workers > 0),
-        batch_sampler=(rows[process] for step in range(first, total_steps) for rows in passes_of(step)),
+        batch_sampler=(rows[process] for step in range(first, total_steps) for rows in passes[step]),
         collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
-    def wrap():
-        return DistributedDataParallel(model.train()) if world_size > 1 else model.train()
-
+    wrap = DistributedDataParallel if world_size > 1 else lambda model: model
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # DDP copies; nothing is lost
-    ddp, started, tokens = wrap(), time.time(), 0
+    ddp, started, tokens = wrap(model.train()), time.time(), 0
     for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=process > 0 or None):
         if step % eval_steps == 0:
             entry = evaluate(config, model, tokenizer, validation_batches, questions[:120], log, step)
@@ -465,7 +419,7 @@ def run(config):
 
         # this process's passes, each run in one batch or more; their gradients add up
         loss, targets, batches, bad = 0.0, 0, [], []
-        for _ in passes_of(step):
+        for _ in passes[step]:
             of_pass, problems = next(loader)
             batches += of_pass
             bad += problems
@@ -473,8 +427,7 @@ def run(config):
             is_image = batch["input_ids"] == data.IMAGE_TOKEN
             tokens += int(batch["attention_mask"].sum() + (model.image_tokens - 1) * is_image.sum())
             ddp.require_backward_grad_sync = i == len(batches)  # as no_sync() does it: one exchange per step
-            with autocast(device):
-                batch_loss, batch_targets = ddp(**batch)
+            batch_loss, batch_targets = ddp(**batch)
             batch_loss.backward()
             loss, targets = loss + batch_loss.detach(), targets + batch_targets
 
@@ -497,7 +450,7 @@ def run(config):
         if broken:
             report_broken(config, state, gather(bad), len(train), log)
         if state["in_a_row"] > 10:
-            names = [train[i].get("id", i) for rows in passes_of(step) for i in sum(rows, [])]
+            names = [train[i].get("id", i) for rows in passes[step] for i in sum(rows, [])]
             advice = f"lower --learning_rate, or look at records {names}"
             raise Mistake(f"step {done}: no finite gradient for 11 steps; {advice}")
         if controller and done in controller.event_steps:
@@ -506,7 +459,7 @@ def run(config):
             if len(set(gather([json.dumps(controller.history)]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
-            ddp = wrap()  # sends the first process's new components to all
+            ddp = wrap(model)  # sends the first process's new components to all
             state["seconds_of_events"] += time.time() - since
             say(describe_event(entry))
             log(**entry)
@@ -531,7 +484,7 @@ def run(config):
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Command line, processes and log, checks, reports, benchmarks.
+# From here on: skip on a first reading. Command line, processes and log, answers, checks, reports, benchmarks.
 # ------------------------------------------------------------------------------------------
 
 
@@ -554,16 +507,14 @@ def parse_arguments(words=None):
     may_be = dict.fromkeys(("seed", "num_workers", "lora_dropout", "warmup_ratio", "max_bad"), 0)
     may_be["max_grad_norm"] = math.inf
     for name, value in vars(config).items():
-        limit = 1e9 if type(value) is int else 1e38  # what fp32 holds
+        is_share = name in ("lora_dropout", "warmup_ratio")
+        limit = 1 if is_share else 1e9 if type(value) is int else 1e38  # what fp32 holds
         if type(value) is str:
             data.check_text(value, f"--{name}")
         elif type(value) in (int, float) and not (0 < value < limit or value == may_be.get(name)):
-            raise Mistake(f"--{name} {value}: give a positive number below {limit:g}")
+            raise Mistake(f"--{name} {value}: give a {'share' if is_share else 'positive number'} below {limit:g}")
         if value == "":
             raise Mistake(f"--{name}: is empty; name a file or folder, or leave the flag out")
-    for name in ("lora_dropout", "warmup_ratio"):
-        if (getattr(config, name) or 0) >= 1:
-            raise Mistake(f"--{name} {getattr(config, name)}: give a share below 1")
     return config
 
 
@@ -631,10 +582,8 @@ class Log:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
-        try:
+        with reading(path, "another run is writing it; wait for its end, or name another folder"):
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mistake(f"{path}: another run is writing it; wait for its end, or name another folder") from None
         self.file.seek(0)
         *lines, last = self.file.read(size).split(b"\n")
         self.size = sum(len(line) + 1 for line in lines)
@@ -646,12 +595,10 @@ class Log:
 
     def __call__(self, **row):
         if self.file:
-            try:
+            with reading(self.file.name, "cannot be written"):
                 self.file.truncate(self.size)
                 self.file.write(json.dumps(row).encode() + b"\n")
                 self.file.flush()
-            except OSError as error:
-                raise Mistake(f"{self.file.name}: cannot be written ({error.strerror})") from error
             self.size = self.file.tell()
 
 
@@ -659,6 +606,34 @@ def ignore_signals(*_):
     """For processes that read images: a signal is sent to them, too, and is the trainer's to answer."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def as_record(question, label=""):
+    """A question as a LLaVA record; without a label it is a prompt."""
+    image = {"image": question["image"]} if question["image"] else {}
+    asked = {"from": "human", "value": "<image>\n" * len(image) + question["text"]}
+    return {"id": question["question_id"], "conversations": [asked, {"from": "gpt", "value": label}], **image}
+
+
+def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_new_tokens=16):
+    """(question, answer) of each question, generated in rounds: a batch, empty at worst, on every process."""
+    samples = make_samples(list(map(as_record, questions)), images, model, tokenizer, "v1", replace=False)
+    per_round = batch_size * dist.get_world_size()
+    mine = [shard(range(len(questions))[i : i + per_round]) for i in range(0, len(questions), per_round)]
+    options = dict(batch_sampler=mine, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals)
+    for rows, batch in zip(mine, DataLoader(samples, **options)):
+        ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        yield from gather([(questions[i], text.strip()) for i, text in zip(rows, texts)])
+
+
+def accuracy(answered):
+    """{kind: share of right answers} of [(question, answer)], and "all"."""
+    right = defaultdict(list)
+    for question, text in answered:
+        right[question["category"]].append(data.exact(text) == data.exact(question["label"]))
+    right["all"] = sum(right.values(), [])
+    return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
 def check_targets(model, tokenizer, template, sets):
@@ -731,15 +706,14 @@ def check_memory(config, model, device):
                       f"{free / 1e9:.2f}; lower it, or give more (docker run --shm-size)")  # fmt: skip
 
 
-def parameter_table(model):
-    """Parameters of each part, and how many of them are trained, as text."""
-    lines = [f"{'':10}{'parameters':>15}{'trained':>15}"]
-    names = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
-    for part, key in names.items():
+def say_parameters(model):
+    """Parameters of each part, and how many of them are trained."""
+    say(f"{'':10}{'parameters':>15}{'trained':>15}")
+    parts = {"CLIP": "clip.", "projector": "projector.", "LLM": "llm.", "  adapters": ".lora_", "all": ""}
+    for part, key in parts.items():
         own = [p for name, p in model.named_parameters() if key in name]
         trained = sum(p.numel() for p in own if p.requires_grad)
-        lines.append(f"{part:10}{sum(p.numel() for p in own):15,}{trained:15,}")
-    return "\n".join(lines)
+        say(f"{part:10}{sum(p.numel() for p in own):15,}{trained:15,}")
 
 
 def blind_answers(records, questions):
@@ -802,8 +776,7 @@ def finish(config, model, tokenizer, train, validation, questions, log, state, c
         counts = f"{len(state['bad'])} broken images, {state['skipped']} steps without a finite gradient"
         say(f"left out: {counts}; see log.jsonl")
     events = 100 * state["seconds_of_events"] / max(state["seconds"], 1e-9)
-    of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = torch.cuda.max_memory_allocated() if model.llm.device.type == "cuda" else of_process
+    memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     say(f"training {state['seconds']:.0f} s, in all {time.time() - begun:.0f} s; rank events {events:.1f} % of "
         f"training; peak memory {memory / 1e9:.1f} GB")  # fmt: skip
     say(f"wrote {config.out}" + (" with ranks.png" if controller else ""))
