@@ -577,7 +577,7 @@ class RankController:
 
 
 # ------------------------------------------------------------------------------------------
-# From here on: skip on a first reading. Dropout, the other projector, methods to compare, checkpoints, export, commands.
+# From here on: skip on a first reading. Dropout, a second projector, methods to compare, checkpoints, export, commands.
 # ------------------------------------------------------------------------------------------
 
 
