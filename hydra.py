@@ -176,7 +176,7 @@ class HybridLoRALinear(nn.Module):
         tokens = x.flatten(0, -2)  # [n, in]
         y = self.base(tokens)
         if self.training and self.dropout:
-            # kept for the backward pass are the tokens alone, which q, k and v share: dropout is drawn again there
+            # of [n, in] the backward pass keeps the tokens alone, which q, k and v share: dropout is drawn again
             read = lambda tokens, A: F.linear(drop(tokens, self.dropout), A)
             h = checkpoint(read, tokens, self.lora_A, use_reentrant=False)  # [n, r]
         else:
@@ -409,9 +409,9 @@ def worths(adapter, optimizer):
     loss rises, to second order, by half the mean of (gᵀ B A x)²: with x and g independent, by half the sum of these
     squares (K-FAC, arXiv 1503.05671). What all adapters share (½, batch, clipping) the price takes up.
 
-    Adam has the diagonals of Σ and Γ, taken for the whole: A[j, i]'s gradient is (Bᵀg)[j] · x[i]; its mean square,
-    summed over components j, is Σ[i, i] · b², that of B[i, j] Γ[i, i] · a² (gradients hold the adapter's scale).
-    a = |A Σ^½| and b = |Γ^½ B| are divided out at the end. Of tall matrices the QR's triangle is enough.
+    Adam has their diagonals, taken for the whole. With a = |A Σ^½| and b = |Γ^½ B| the mean square of A[j, i]'s
+    gradient, (Bᵀg)[j] · x[i], sums over components j to b² Σ[i, i], that of B[i, j]'s to a² Γ[i, i] (with the
+    adapter's scale); a and b are divided out at the end. Of tall matrices the QR's triangle is enough.
     """
     of_inputs = optimizer.state[adapter.lora_A]["exp_avg_sq"].double().sum(0)  # [in]: b² Σ
     of_outputs = optimizer.state[adapter.lora_B]["exp_avg_sq"].double().sum(1)  # [out]: a² Γ
@@ -444,15 +444,15 @@ class RankController:
     """Moves the ranks of a model's adapters at a few events of stage 2, within the budget.
 
     At an event `worths` weighs the components that are there; component k > r is promised w_r · r(r + 1) / k(k + 1),
-    w_r being the worth of the adapter's last. `shrink`: log(w_r / cost) deviates by layer (coarse) and by projection in
-    a layer (fine); of each part is believed what the event before had, too: at the first nothing, and nothing moves.
+    w_r being the worth of the adapter's last. `shrink` splits log(w_r / cost) into mean, layers' part (coarse) and that
+    inside a layer (fine), and keeps of each the share that the event before had, too: at first 0, so nothing moves.
     `fill`: the budget goes to what is of most worth per cost. Where all ranks are 2, an adapter whose last is worth 4
     times the others' gets a third, worth 4 · 6/12 = 2 of theirs, and a fourth, 4 · 6/20 = 1.2; two lose their last.
     by_strength says which components go: the n weakest are taken to be worth the n smallest.
 
     `decide`: a performance model has to consent. Its price, loss per worth, is fitted to what the probe loss rises by
     while components are masked; its trust is what moves brought of what they promised. The history is all that is kept.
-    method "hydra"; to compare: "dynamic" needs no consent, those of `weaken` neither, and they have two events.
+    method "hydra"; to compare, without consent: "dynamic", and at two events "coarse", "coarse+fine" and "random".
     """
 
     EVENTS = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of the steps
@@ -494,7 +494,7 @@ class RankController:
         trust = self.trust(measure, entry, previous)
         last = np.array([spectrum[-1] for spectrum in spectra])
         log_last = np.log(last / self.costs)
-        correction = np.exp(self.shrink(log_last, entry, previous) - log_last)  # of all worths of an adapter [L · 7]
+        correction = np.exp(self.shrink(log_last, entry, previous) - log_last)  # one factor per adapter [L · 7]
 
         # the plan: the budget goes to the components of most worth, of an adapter up to twice as many as there are
         limit = np.minimum(2 * before, [min(module.base.weight.shape) for module in self.modules])
@@ -511,7 +511,7 @@ class RankController:
         # the prediction: price · worth of what comes, less what the loss rises by while what goes is masked
         dropped = there & (k > ranks[:, None])
         added = ~there & (k <= ranks[:, None])
-        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # masked for the price, in place of what is added
+        stand_in = (k == before[:, None]) & (before < ranks)[:, None]  # masked, for the price, in place of what comes
         entry["maskings"] = [
             {"worth": float(raw[part].sum()), "components": int(part.sum()),
              "rise": self.rise_without(part.sum(1).tolist(), measure)} for part in (dropped, stand_in)
@@ -521,7 +521,7 @@ class RankController:
         promised = math.exp(log_price) * float(believed[added].sum())
         gain = trust * promised - max(0.0, entry["maskings"][0]["rise"])  # that masking helps is chance
 
-        # the consent; training alone, at its pace since the event before, leaves `left_then` at the next
+        # the consent; left_then: the next event's probe loss if it falls on at the pace since the event before
         step = entry["step"]
         fall = previous.get("probe_loss", math.nan) - entry["probe_loss"]
         next_event = next((at for at in self.event_steps if at > step), 2 * step - previous["step"])
@@ -540,7 +540,7 @@ class RankController:
         return ranks
 
     def trust(self, measure, entry, previous):
-        """Brought / promised of all moves, 0 to 1: a move brought what masking as many as it added raises now."""
+        """Brought / promised of all moves, 0 to 1. Brought: the rise now while as many as were added are masked."""
         if "added" in previous:
             entry["judged"] = [previous["promised"], self.rise_without(previous["added"], measure)]
         judged = [event["judged"] for event in self.history if "judged" in event]
@@ -557,7 +557,7 @@ class RankController:
         return log_worth.mean() + (shares[0] * coarse + shares[1] * fine).flatten()
 
     def fit(self, column):
-        """Of rise = price · column ("worth" or "components"): (log price, its RMS error at maskings left out)."""
+        """Fit rise = price · column ("worth" or "components"): (log price, leave-one-out RMS error in logs)."""
         maskings = [masking for event in self.history for masking in event.get("maskings", ()) if masking["components"]]
         x, rise = np.array([(masking[column], masking["rise"]) for masking in maskings]).T
         floor = 1e-3 * abs(rise).max() + 1e-12  # by chance a rise may be below 0, and have no logarithm

@@ -58,7 +58,7 @@ def flag(default, help, **options):
 
 @dataclass
 class Config:
-    """A run. The command line is made from these fields; None stands for the recipe's value."""
+    """A run. The command line is made from these fields; None: the recipe's value, or none."""
 
     stage: int | str = flag(
         None, "1: projector on captions; 2: projector and adapters on instructions; eval: a benchmark", required=True,
@@ -261,9 +261,9 @@ def evaluate(config, model, tokenizer, batches, questions, log, step):
 def read_data(config):
     """(train, probe, validation, questions), checked before any weight is loaded.
 
-    min(5 %, 256 + G) of the records, spread over the file, are held out, with G = max(32, global batch). Of these about
-    G, at most every third, are the probe, on which the rank method measures; the others are the validation records,
-    which what is reported comes from. Without a rank method the probe is left out, too: all train on the same records.
+    Held out are min(5 %, 256 + G) of the records, spread over the file, with G = max(32, global batch). About G of
+    these, at most every third, are the probe, on which the rank method measures; the rest, the validation records, give
+    what is reported. Without a rank method the probe is held out, too, so that all train on the same records.
     """
     if config.model == "tiny" and dist.get_rank() == 0:
         data.make_world(TOY)
@@ -433,7 +433,7 @@ def run(config):
 
         loss, targets, seen, broken, stop = total(loss, targets, tokens, len(bad), bool(stop_signals))
         trained = trained_parameters(model)
-        # DDP gives the processes' mean of sums over targets: times this the mean over all targets of the global batch
+        # DDP leaves the mean of the processes' sums: times this it is the mean per target of the global batch
         torch._foreach_mul_([p.grad for p in trained], world_size / max(targets, 1))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         is_finite = math.isfinite(norm)  # the same on all processes, which have exchanged their gradients
