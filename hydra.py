@@ -51,6 +51,7 @@ from data import IGNORE, IMAGE_TOKEN, Mistake, reading, whole
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 hub_logging.set_verbosity_error()
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention would be planned anew for each shape of a batch
 
 # ------------------------------------------------------------------------------------------
 # vision: CLIP and the projector
@@ -327,7 +328,7 @@ class HydraVLM(nn.Module):
 
         input_ids [B, T] with IMAGE_TOKEN once per image, pixel_values [N, 3, H, W] in reading order. Returns
         embeddings [B, T', D], mask [B, T'] and labels [B, T'] or None, padded on the right, on the left for generation.
-        Ids, mask and labels stay on the CPU: to count and to index there waits for no GPU.
+        Ids, mask and labels stay on the CPU, where to count them waits for no GPU.
         """
         device = self.llm.device
         is_image = input_ids == IMAGE_TOKEN
@@ -371,7 +372,7 @@ class HydraVLM(nn.Module):
         targets = labels[rows, columns + 1].to(hidden.device)  # [targets]
         hidden = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # [targets, D]
         # in pieces of 1,024 targets: [targets, vocabulary] is never whole
-        if torch.is_grad_enabled():  # the forward pass makes each piece's gradient, too; the backward pass scales it
+        if torch.is_grad_enabled():  # with each piece's gradient; bf16 rounds the sum, not the gradients
             pieces = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
             hidden = hidden.to(head.weight.dtype)
             loss = F.linear_cross_entropy(hidden, head.weight, targets, reduction="sum", options=pieces).float()

@@ -37,7 +37,7 @@ from timeit import timeit
 from unittest.mock import Mock, patch
 from weakref import finalize
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake
+os.environ |= {"HF_HUB_OFFLINE": "1"} | ({} if __name__ == "__main__" else {"CUDA_VISIBLE_DEVICES": ""})  # for tests
 
 import numpy as np
 import pytest
@@ -887,11 +887,11 @@ def test_memory_expected_is_memory_counted(words):
 
 def test_a_card_too_small_is_refused_with_the_numbers(world, stage1, group, monkeypatch):
     arguments = train.parse_arguments(flags(world, stage1)), make_model(world, rank=2), torch.device("cuda")
-    card = Mock(total_memory=200_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Mock(return_value=(card := Mock(total_memory=200_000))))
     refused(r"alone take 0\.\d GB, and the GPU has 0\.0", train.check_memory, *arguments)
-    card.total_memory = 10**9
+    card.total_memory = 30_000_000
     train.check_memory(*arguments)
+    assert 1000 < arguments[0].max_tokens_per_pass < 12_288  # the default is lowered to what fits
     refused("10000000: images read ahead", train.check_memory, replace(arguments[0], num_workers=10**7), *arguments[1:])
 
 

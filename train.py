@@ -177,7 +177,7 @@ def load(checkpoint, config, model, records, optimizer, controller):
             raise Mistake(f"--resume: {checkpoint} was run with --{key} {there}, not {here}; use the same flags")
     hydra.restore(model, checkpoint)
     with reading(f"--resume: remove {checkpoint} to go on from the one before; trainer.pt"):
-        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", mmap=True, weights_only=True)
         if state["records"] != records:
             raise Mistake(f"--resume: the records of --data {config.data} are not those of {checkpoint}")
         # restore has made new parameters, of other ranks: the optimizer gets them, then its state
@@ -398,13 +398,13 @@ def run(config):
 
     # the loop
     loader = iter(DataLoader(
-        as_samples(train), num_workers=config.num_workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda", timeout=600 * (config.num_workers > 0),
+        as_samples(train), **readers(config.num_workers), pin_memory=device.type == "cuda",
         batch_sampler=(rows[process] for step in range(first, total_steps) for rows in passes[step]),
         collate_fn=partial(collate_pass, most_tokens=config.max_tokens_per_pass, image_tokens=model.image_tokens),
     ))  # fmt: skip
 
-    wrap = DistributedDataParallel if world_size > 1 else lambda model: model
+    as_ddp = partial(DistributedDataParallel, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    wrap = as_ddp if world_size > 1 else lambda model: model
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # DDP copies; nothing is lost
     ddp, started, tokens = wrap(model.train()), time.time(), 0
     for step in tqdm(range(first, total_steps), initial=first, total=total_steps, disable=process > 0 or None):
@@ -456,7 +456,8 @@ def run(config):
         if controller and done in controller.event_steps:
             since = time.time()
             entry = controller.event(done, partial(held_out_loss, model, probe_batches), optimizer)
-            if len(set(gather([json.dumps(controller.history)]))) > 1:
+            made = [{key: event[key] for key in ("choice", "ranks")} for event in controller.history]
+            if len(set(gather([json.dumps(made)]))) > 1:
                 raise Mistake(f"step {done}: ranks differ between processes; go on from the last save with --resume")
             del ddp  # it holds the parameters that it was given, and buffers for their gradients
             ddp = wrap(model)  # sends the first process's new components to all
@@ -561,9 +562,11 @@ def set_up_processes():
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device and device.index >= (gpus := torch.cuda.device_count()):
+        raise Mistake(f"--nproc_per_node: this machine has {gpus} GPUs; start no more processes than that")
     if device:
         torch.cuda.set_device(device)
-    # counts and flags travel between the hosts, gradients between the GPUs: no step waits for its GPU
+    # counts and flags travel between the hosts, gradients between the GPUs
     backend = "cpu:gloo,cuda:nccl" if device else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device)
     return device or torch.device("cpu")
@@ -608,6 +611,12 @@ def ignore_signals(*_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def readers(count):
+    """DataLoader's options for so many processes that read images: forks, which share the records."""
+    own = {"timeout": 600, "multiprocessing_context": "fork"} if count else {}
+    return {"num_workers": count, "worker_init_fn": ignore_signals, **own}
+
+
 def as_record(question, label=""):
     """A question as a LLaVA record; without a label it is a prompt."""
     image = {"image": question["image"]} if question["image"] else {}
@@ -620,8 +629,8 @@ def answer(model, tokenizer, questions, images, workers=0, batch_size=64, max_ne
     samples = make_samples(list(map(as_record, questions)), images, model, tokenizer, "v1", replace=False)
     per_round = batch_size * dist.get_world_size()
     mine = [shard(range(len(questions))[i : i + per_round]) for i in range(0, len(questions), per_round)]
-    options = dict(batch_sampler=mine, num_workers=workers, collate_fn=data.collate, worker_init_fn=ignore_signals)
-    for rows, batch in zip(mine, DataLoader(samples, **options)):
+    loader = DataLoader(samples, batch_sampler=mine, collate_fn=data.collate, **readers(workers))
+    for rows, batch in zip(mine, loader):
         ids = model.generate(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], max_new_tokens)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         yield from gather([(questions[i], text.strip()) for i, text in zip(rows, texts)])
@@ -690,14 +699,18 @@ def expected_peak(model, config, device):
 
 
 def check_memory(config, model, device):
-    """Say the bound and what a step is expected to take; Mistake if the GPU's or the readers' memory is too small."""
+    """Lower the bound to what fits the GPU, and say what a step takes; Mistake if its or the readers' is too small."""
     fixed, per_token = expected_peak(model, config, device)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        room = 0.9 * there - fixed  # a tenth is left to CUDA itself, and to gaps between tensors
+        if room < 0:
+            raise Mistake(f"--model {config.model}: weights and optimizer alone take {fixed / 1e9:.1f} GB, and the GPU "
+                          f"has {there / 1e9:.1f}; take a smaller model or --lora_rank")  # fmt: skip
+        config.max_tokens_per_pass = max(1, min(config.max_tokens_per_pass, int(room / per_token)))
     bound = config.max_tokens_per_pass
     say(f"at most {bound:,} tokens in a pass: about {(fixed + bound * per_token) / 1e9:.1f} GB at the peak "
         f"({fixed / 1e9:.1f} of weights and optimizer)")  # fmt: skip
-    if device.type == "cuda" and fixed > (there := torch.cuda.get_device_properties(device).total_memory):
-        raise Mistake(f"--model {config.model}: weights and optimizer alone take {fixed / 1e9:.1f} GB, and the GPU has "
-                      f"{there / 1e9:.1f}; take a smaller model or --lora_rank")  # fmt: skip
     # each reading process has two passes ahead, its node's in one shared memory: where it is full they wait for ever
     passes = 2 * config.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ahead = passes * config.per_device_train_batch_size * 3 * 4 * model.image_size**2
