@@ -557,6 +557,8 @@ def set_up_processes():
     if given and len(given) < 4:
         raise Mistake(f"{given[0]} is set, but not all that torchrun sets: use torchrun, or unset {' '.join(given)}")
     with reading(f"{', '.join(given)}, which torchrun sets"):
+        if given and not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+            raise Mistake("RANK: is not below WORLD_SIZE, as torchrun sets it: use torchrun, or unset both")
         store, rank, world_size = next(dist.rendezvous("env://")) if given else (dist.HashStore(), 0, 1)
     if given and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts the processes, with the addresses of those that died
