@@ -722,15 +722,15 @@ def load_clip(name, dtype=torch.float32, weights=None):
     folder, config = open_folder(name)
     vision = config.get("vision_config", config)
     require(folder / "config.json", vision, {"num_channels": 3})
-    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        if file.is_file():
-            with reading(file):
-                steps = dict(json.loads(file.read_bytes()))
-                steps = dict(steps.get("image_processor", steps))
-                for key in ("size", "crop_size"):  # a number, or {"shortest_edge": number}, or height and width
-                    if isinstance(steps.get(key), dict) and len(set(steps[key].values())) == 1:
-                        steps[key] = max(steps[key].values())
-            require(file, steps, PIXELS | dict.fromkeys(("size", "crop_size"), vision.get("image_size", 224)))
+    wanted = PIXELS | dict.fromkeys(("size", "crop_size"), vision.get("image_size", 224))
+    for file in filter(Path.is_file, (folder / "preprocessor_config.json", folder / "processor_config.json")):
+        with reading(file):
+            steps = dict(json.loads(file.read_bytes()))
+            steps = dict(steps.get("image_processor", steps))
+            for key in ("size", "crop_size"):  # a number, or {"shortest_edge": number}, or height and width
+                if isinstance(steps.get(key), dict) and len(set(steps[key].values())) == 1:
+                    steps[key] = max(steps[key].values())
+        require(file, steps, wanted)
     weights = weights or read_weights(folder)
     weights = {key: tensor for key, tensor in weights.items() if not key.startswith(TEXT_HALF)}
     return CLIPEncoder(build(CLIPVisionModel, vision, weights, dtype, name))
@@ -943,7 +943,8 @@ def write_merged(folder, model, tokenizer, format, dtype):
     ids = {key: getattr(model.llm.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config |= ids | {"torch_dtype": dtype, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config.pop("dtype", None)
-    if config.get("rope_parameters") and (rope := model.llm.config.rope_parameters):  # as transformers 4 names them
+    if config.get("rope_parameters"):  # as transformers 4 names them
+        rope = model.llm.config.rope_parameters
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
     state = model.llm.state_dict()
     if format == "mobilevlm":
@@ -1003,9 +1004,11 @@ def chat(checkpoint, image, prompt=None, max_new_tokens=256, vision_tower=None):
     if max_new_tokens < 1:
         raise Mistake(f"--max_new_tokens {max_new_tokens}: give a positive number")
     picture = data.open_image("/", image if "://" in image else os.path.abspath(image))
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, tokenizer = load_checkpoint(checkpoint, vision_tower, dtype=dtype)
-    check_trained(model.to(device), checkpoint)
+    check_trained(model, checkpoint)
+    model.to(device)
     pixels = data.image_to_tensor(picture, model.image_size, "pad")[None]
     turns = []
     for text in [prompt] if prompt is not None else iter(sys.stdin.readline, ""):

@@ -1165,7 +1165,7 @@ def test_mme_adds_accuracy_and_both_right(tmp_path):
     ("mmbench_cn", "请直接回答选项字母。"),
 ])  # fmt: skip
 def test_mmbench_reads_the_table_and_counts_rotations(tmp_path, benchmark, instruction):
-    table = ("\ufeffindex\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\t\tN/A\tA\taGk=\n"
+    table = ("\ufeffindex\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n7\tWhich?\tLook.\tcat\tdog\tN/A\tnan\tA\taGk=\n"
              "1000007\tWhich?\tnan\tdog\tcat\t\t\tB\t7\n8\tWho?\t\tx\ty\tz\tw\tD\t" + bomb(20_000) + "\n")  # fmt: skip
     questions = data.read_benchmark(benchmark, write(tmp_path / "q.tsv", table))
     assert questions[0]["text"] == f"Look.\nWhich?\nA. cat\nB. dog\n{instruction}"

@@ -82,7 +82,7 @@ class Config:
     per_device_train_batch_size: int = flag(None, "samples per process and pass")
     gradient_accumulation_steps: int = flag(None, "passes per step")
     global_batch_size: int = flag(None, "samples per step; any two of the three give the third")
-    max_tokens_per_pass: int = flag(12288, "a pass of more (rows × longest row) is run in parts, to bound its memory")
+    max_tokens_per_pass: int = flag(12288, "a pass of more (rows × longest row) or than fits the GPU is run in parts")
     learning_rate: float = flag(None, "peak of the cosine schedule (default: by --model; a folder or hub id: 1.7b's)")
     warmup_ratio: float = flag(0.03, "share of the steps in which the rate rises")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
@@ -600,9 +600,10 @@ class Log:
 
     def __call__(self, **row):
         if self.file:
+            line = json.dumps(row).encode() + b"\n"
             with reading(self.file.name, "cannot be written"):
                 self.file.truncate(self.size)
-                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.write(line)
                 self.file.flush()
             self.size = self.file.tell()
 
